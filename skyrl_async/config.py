@@ -1,0 +1,333 @@
+"""The run's configuration: one tree of frozen models; unknown keys and impossible values refused.
+
+Components take plain values, never this tree. Loading (YAML, ``base:``, dotted overrides, all errors
+at once) is in :mod:`skyrl_async.config_loading`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from skyrl_async.types import BYTES_PER_TOKEN, RECORD_OVERHEAD_BYTES
+
+
+class Section(BaseModel):
+    """A part of the configuration: frozen, unknown keys refused, infinities and NaN refused."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class RunSection(Section):
+    """How long the run lasts and what it leaves behind."""
+
+    name: str = Field(default="number_guess", pattern=r"^[A-Za-z0-9._-]+$")
+    """Name of the run; its folder is runs/<name>-<time> unless run.dir says otherwise."""
+    dir: str | None = None
+    """Folder of the run; it must be new or empty."""
+    steps: int = Field(default=240, ge=1)
+    """Learner steps to train."""
+    max_seconds: float | None = Field(default=None, gt=0)
+    """Stop after this many seconds of training, whichever comes first."""
+    stop_at_eval_reward: float | None = None
+    """Stop when an evaluation reaches this mean reward."""
+
+
+class ClusterSection(Section):
+    """Where runtime=ray runs."""
+
+    address: str | None = None
+    """Address of a running Ray cluster, or auto; without it a local one is started."""
+    learner_cpus: float = Field(default=1, ge=0)
+    """CPUs that Ray reserves for each learner rank."""
+    actor_cpus: float = Field(default=1, ge=0)
+    """CPUs that Ray reserves for each rollout actor."""
+    spread: bool = True
+    """Place rollout actors on as many nodes as possible."""
+    startup_timeout_s: float = Field(default=120, gt=0)
+    """Every worker must be ready after this many seconds."""
+
+
+class ModelSection(Section):
+    """The policy: a built-in small one, or any Hugging Face causal LM."""
+
+    path: str | None = None
+    """Folder or hub name of a causal LM with its tokenizer; without it the built-in policy is made."""
+    hidden_size: int = Field(default=64, ge=8)
+    """Width of the built-in policy."""
+    num_layers: int = Field(default=2, ge=1)
+    """Layers of the built-in policy."""
+    num_heads: int = Field(default=4, ge=2)
+    """Attention heads of the built-in policy."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the weights in the engine and in the learner."""
+
+
+class EnvironmentSection(Section):
+    """What is played."""
+
+    name: str = "number_guess"
+    """Registered name of the environment, or module:Class."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of the environment."""
+    in_process: bool = False
+    """Run a synchronous environment inside the actor: fast, but it can block or end the actor."""
+    num_processes: int = Field(default=2, ge=1)
+    """Subprocesses per actor that play synchronous environments."""
+    step_timeout_s: float = Field(default=30, gt=0)
+    """Deadline of one reset or step."""
+    episode_timeout_s: float = Field(default=600, gt=0)
+    """Deadline of one episode, generation included."""
+    max_turns: int = Field(default=16, ge=1)
+    """Replies per episode; then it is truncated."""
+    max_observation_chars: int = Field(default=20_000, ge=1)
+    """A longer observation ends the episode with overlong_observation."""
+
+
+class SamplingSection(Section):
+    """How training samples its replies (evaluation is greedy)."""
+
+    temperature: float = Field(default=1.0, gt=0)
+    """Divides the logits."""
+    max_tokens: int = Field(default=4, ge=1)
+    """Tokens per reply, the stop token included."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Must be 1 in training: importance weights need the whole vocabulary."""
+    top_k: int = Field(default=0, ge=0)
+    """Must be 0 in training: importance weights need the whole vocabulary."""
+
+
+class RolloutSection(Section):
+    """The actors that play episodes."""
+
+    num_actors: int = Field(default=1, ge=1)
+    """Rollout actors; each has its own engine if engine.kind is embedded."""
+    group_size: int = Field(default=16, ge=2)
+    """Trajectories per task."""
+    max_groups_per_actor: int = Field(default=1024, ge=1)
+    """Groups that one actor plays at once."""
+
+
+class EngineSection(Section):
+    """What generates."""
+
+    kind: Literal["embedded"] = "embedded"
+    """embedded: in the actor's process, around the transformers model."""
+    max_concurrent: int = Field(default=256, ge=1)
+    """Sequences decoded at once; further requests wait."""
+    context_length: int = Field(default=128, ge=8)
+    """Tokens per trajectory, prompt and replies together."""
+    kv_after_swap: Literal["recompute", "keep"] = "recompute"
+    """What happens to running requests at a weight swap: recompute their KV cache, or keep it."""
+    num_threads: int = Field(default=1, ge=1)
+    """Torch threads of an actor's process."""
+
+
+class StalenessSection(Section):
+    """The bound on how old a trained token may be, in policy versions."""
+
+    max: int = Field(default=2, ge=0)
+    """Largest staleness of a trained token; 0 is synchronous training."""
+    rule: Literal["mask", "drop", "pace"] = "mask"
+    """What happens at the bound: old tokens leave the loss, old groups are dropped, or training waits."""
+
+
+class ReplaySection(Section):
+    """The buffer between actors and learner."""
+
+    capacity_groups: int | None = Field(default=None, ge=1)
+    """Groups kept at most; without it, as many as admission allows."""
+    capacity_bytes: int = Field(default=1 << 30, ge=1)
+    """Bytes kept at most; must exceed groups_per_step times the largest possible group."""
+    selector: Literal["fifo", "uniform"] = "fifo"
+    """Oldest first, or at random."""
+    max_times_sampled: int = Field(default=1, ge=1)
+    """Learner steps that may use one group."""
+
+
+class AlgorithmSection(Section):
+    """Advantages and loss."""
+
+    advantage: Literal["grpo", "mean_centered"] = "grpo"
+    """Group-relative, with or without division by the group's standard deviation."""
+    clip_low: float = Field(default=0.2, gt=0, lt=1)
+    """The policy ratio is clipped below at 1 - clip_low."""
+    clip_high: float = Field(default=0.28, gt=0)
+    """The policy ratio is clipped above at 1 + clip_high."""
+    importance_weight_cap: float = Field(default=2.0, gt=0)
+    """Importance weights exp(proximal - behavior) are truncated here."""
+    entropy_coefficient: float = Field(default=0.01, ge=0)
+    """Weight of the entropy bonus."""
+
+
+class OptimizerSection(Section):
+    """AdamW."""
+
+    learning_rate: float = Field(default=2e-3, gt=0)
+    """Constant after warm-up."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Optimizer steps of linear warm-up."""
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of the first moment."""
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    """Decay of the second moment."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Added to the root of the second moment."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients are scaled down to this norm."""
+
+
+class LearnerSection(Section):
+    """The learner group."""
+
+    num_ranks: int = Field(default=1, ge=1)
+    """Processes that share each batch; more than one needs runtime=ray."""
+    groups_per_step: int = Field(default=16, ge=1)
+    """Groups in the batch of one learner step."""
+    num_minibatches: int = Field(default=2, ge=1)
+    """Optimizer steps per pass over the batch."""
+    num_epochs: int = Field(default=1, ge=1)
+    """Passes over the batch."""
+    tokens_per_microbatch: int = Field(default=8192, ge=1)
+    """Tokens of one forward and backward pass."""
+    num_threads: int = Field(default=1, ge=1)
+    """Torch threads of a learner rank."""
+    step_timeout_s: float = Field(default=600, gt=0)
+    """A learner step that takes longer ends the run."""
+
+
+class WeightSyncSection(Section):
+    """How new weights reach the engines."""
+
+    transport: Literal["collective", "disk"] = "collective"
+    """collective: torch.distributed buckets, one group per engine; disk: safetensors in a folder."""
+    bucket_bytes: int = Field(default=8 << 20, ge=1 << 10)
+    """Bytes sent at once."""
+    timeout_s: float = Field(default=30, gt=0)
+    """An engine that takes longer to receive one version loses its group."""
+
+
+class EvaluationSection(Section):
+    """Greedy evaluation on held-out tasks."""
+
+    every_steps: int = Field(default=40, ge=0)
+    """Learner steps between evaluations; 0 evaluates only at the end."""
+    num_tasks: int = Field(default=100, ge=0)
+    """Held-out tasks; 0 never evaluates."""
+    timeout_s: float = Field(default=300, gt=0)
+    """An evaluation that takes longer ends the run."""
+
+
+class LoggingSection(Section):
+    """What one sees."""
+
+    console: Literal["auto", "live", "plain", "off"] = "auto"
+    """auto: a live table on a terminal, plain lines otherwise and under CI."""
+    tensorboard: bool = True
+    """Write TensorBoard events."""
+
+
+class Config(Section):
+    """Everything about one run."""
+
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    """Of weights, tasks and sampling."""
+    runtime: Literal["ray", "local"] = "ray"
+    """ray: workers are Ray actors; local: everything in this process, Ray is not imported."""
+    run: RunSection = RunSection()
+    cluster: ClusterSection = ClusterSection()
+    model: ModelSection = ModelSection()
+    environment: EnvironmentSection = EnvironmentSection()
+    sampling: SamplingSection = SamplingSection()
+    rollout: RolloutSection = RolloutSection()
+    engine: EngineSection = EngineSection()
+    staleness: StalenessSection = StalenessSection()
+    replay: ReplaySection = ReplaySection()
+    algorithm: AlgorithmSection = AlgorithmSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    learner: LearnerSection = LearnerSection()
+    weight_sync: WeightSyncSection = WeightSyncSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    logging: LoggingSection = LoggingSection()
+
+    @property
+    def largest_group_bytes(self) -> int:
+        """Bytes of the largest group that the limits allow."""
+        tokens = self.engine.context_length
+        return self.rollout.group_size * (RECORD_OVERHEAD_BYTES + (4 + BYTES_PER_TOKEN) * tokens)
+
+    @model_validator(mode="after")
+    def _check_across_sections(self) -> Self:
+        problems = list(self._problems())
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def _problems(self) -> list[str]:
+        """Return one line for each pair of values that cannot work together, with the remedy."""
+        out: list[str] = []
+        if self.sampling.top_p < 1 or self.sampling.top_k > 0:
+            out.append(
+                f"sampling.top_p={self.sampling.top_p}, sampling.top_k={self.sampling.top_k}: "
+                "training needs 1 and 0, because importance weights are only right over the whole "
+                "vocabulary"
+            )
+        if self.staleness.rule == "pace":
+            if self.replay.max_times_sampled > 1:
+                out.append(
+                    f"replay.max_times_sampled={self.replay.max_times_sampled}: "
+                    "staleness.rule=pace uses every group once; set 1 or use mask"
+                )
+            if self.replay.selector != "fifo":
+                out.append(
+                    f"replay.selector={self.replay.selector}: staleness.rule=pace takes the oldest "
+                    "first; set fifo or use mask"
+                )
+        batch = self.learner.groups_per_step
+        needed = batch * self.largest_group_bytes
+        if self.replay.capacity_bytes <= needed:
+            out.append(
+                f"replay.capacity_bytes={self.replay.capacity_bytes}: must exceed {needed} "
+                f"(learner.groups_per_step {batch} x the largest group of {self.largest_group_bytes} "
+                "bytes), or actors and learner would wait for each other"
+            )
+        capacity = self.replay.capacity_groups
+        if capacity is not None and capacity < batch:
+            out.append(
+                f"replay.capacity_groups={capacity}: must be at least learner.groups_per_step={batch}"
+            )
+        if self.learner.num_minibatches > batch * self.rollout.group_size:
+            out.append(
+                f"learner.num_minibatches={self.learner.num_minibatches}: a batch has only "
+                f"{batch * self.rollout.group_size} trajectories"
+            )
+        if self.runtime == "local" and self.learner.num_ranks > 1:
+            out.append(
+                f"learner.num_ranks={self.learner.num_ranks}: runtime=local has one rank; "
+                "use runtime=ray"
+            )
+        if self.runtime == "local" and self.cluster.address is not None:
+            out.append(
+                f"cluster.address={self.cluster.address}: runtime=local starts no Ray; "
+                "use runtime=ray or remove it"
+            )
+        if self.model.path is None and self.model.hidden_size % self.model.num_heads:
+            out.append(
+                f"model.hidden_size={self.model.hidden_size}: must be a multiple of "
+                f"model.num_heads={self.model.num_heads}"
+            )
+        if self.sampling.max_tokens >= self.engine.context_length:
+            out.append(
+                f"sampling.max_tokens={self.sampling.max_tokens}: must be below "
+                f"engine.context_length={self.engine.context_length}"
+            )
+        if self.evaluation.num_tasks == 0 and self.run.stop_at_eval_reward is not None:
+            out.append(
+                f"run.stop_at_eval_reward={self.run.stop_at_eval_reward}: needs evaluation.num_tasks > 0"
+            )
+        return out
