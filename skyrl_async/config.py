@@ -1,7 +1,7 @@
-"""The run's configuration: one tree of frozen models; unknown keys and impossible values refused.
+"""The run's configuration: one tree of frozen models that refuses unknown keys and bad values.
 
-Components take plain values, never this tree. Loading (YAML, ``base:``, dotted overrides, all errors
-at once) is in :mod:`skyrl_async.config_loading`.
+Components take plain values, never this tree. Loading (YAML, ``base:``, dotted overrides, all
+errors at once) is in :mod:`skyrl_async.config_loading`.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class ModelSection(Section):
     """The policy: a built-in small one, or any Hugging Face causal LM."""
 
     path: str | None = None
-    """Folder or hub name of a causal LM with its tokenizer; without it the built-in policy is made."""
+    """Folder or hub name of a causal LM with its tokenizer; without it the built-in policy."""
     hidden_size: int = Field(default=64, ge=8)
     """Width of the built-in policy."""
     num_layers: int = Field(default=2, ge=1)
@@ -132,7 +132,7 @@ class StalenessSection(Section):
     max: int = Field(default=2, ge=0)
     """Largest staleness of a trained token; 0 is synchronous training."""
     rule: Literal["mask", "drop", "pace"] = "mask"
-    """What happens at the bound: old tokens leave the loss, old groups are dropped, or training waits."""
+    """At the bound, old tokens leave the loss, old groups are dropped, or training waits."""
 
 
 class ReplaySection(Section):
@@ -205,7 +205,7 @@ class WeightSyncSection(Section):
     """How new weights reach the engines."""
 
     transport: Literal["collective", "disk"] = "collective"
-    """collective: torch.distributed buckets, one group per engine; disk: safetensors in a folder."""
+    """collective: torch.distributed, one group per engine; disk: safetensors in a folder."""
     bucket_bytes: int = Field(default=8 << 20, ge=1 << 10)
     """Bytes sent at once."""
     timeout_s: float = Field(default=30, gt=0)
@@ -293,13 +293,14 @@ class Config(Section):
         if self.replay.capacity_bytes <= needed:
             out.append(
                 f"replay.capacity_bytes={self.replay.capacity_bytes}: must exceed {needed} "
-                f"(learner.groups_per_step {batch} x the largest group of {self.largest_group_bytes} "
-                "bytes), or actors and learner would wait for each other"
+                f"(learner.groups_per_step {batch} x the largest group of "
+                f"{self.largest_group_bytes} bytes), or actors and learner would wait for each other"
             )
         capacity = self.replay.capacity_groups
         if capacity is not None and capacity < batch:
             out.append(
-                f"replay.capacity_groups={capacity}: must be at least learner.groups_per_step={batch}"
+                f"replay.capacity_groups={capacity}: must be at least "
+                f"learner.groups_per_step={batch}"
             )
         if self.learner.num_minibatches > batch * self.rollout.group_size:
             out.append(
@@ -328,6 +329,7 @@ class Config(Section):
             )
         if self.evaluation.num_tasks == 0 and self.run.stop_at_eval_reward is not None:
             out.append(
-                f"run.stop_at_eval_reward={self.run.stop_at_eval_reward}: needs evaluation.num_tasks > 0"
+                f"run.stop_at_eval_reward={self.run.stop_at_eval_reward}: needs "
+                "evaluation.num_tasks > 0"
             )
         return out

@@ -6,10 +6,10 @@ filled in later. Token data are numpy arrays that are made read-only here:
 * ``token_ids``       int32   ``[T]``
 * ``logprobs``        float32 ``[T]``, natural log, of ``softmax(logits / temperature)`` over the
   whole vocabulary, at the temperature that sampled the token
-* ``policy_versions`` int32   ``[T]``, finished learner steps of the weights that sampled each token
+* ``policy_versions`` int32   ``[T]``, finished learner steps of the weights that sampled a token
 
-Example: a two-turn trajectory of a guessing game. The prompt is 4 tokens, each reply is a number and
-a stop token, and the weights were swapped from version 3 to version 4 between the replies::
+Example: a two-turn trajectory of a guessing game. The prompt is 4 tokens, each reply is a number
+and a stop token, and the weights were swapped from version 3 to version 4 between the replies::
 
     turn 0: observation_token_ids=[u g n a]  generation.token_ids=[5 .] policy_versions=[3 3]
     turn 1: observation_token_ids=[u hi a]   generation.token_ids=[8 .] policy_versions=[4 4]
@@ -99,7 +99,7 @@ class Task:
         task_id: unique within its source; the same task has the same id in every run.
         environment: registered name of the environment that plays it.
         seed: given to ``Environment.reset``; all members of a group share it.
-        messages: chat messages (``{"role": ..., "content": ...}``) that precede the first observation.
+        messages: chat messages (``{"role": ..., "content": ...}``) before the first observation.
         extras: given to ``Environment.reset`` as ``options``.
     """
 
@@ -185,8 +185,8 @@ class Turn:
     """The tokens that the environment appended, then the tokens that the policy sampled.
 
     Attributes:
-        observation_token_ids: ``[P]``, everything between the previous reply and this one (the whole
-            prompt for the first turn), chat template included.
+        observation_token_ids: ``[P]``, everything between the previous reply and this one (for the
+            first turn the whole prompt), chat template included.
         generation: the reply, exactly as sampled; it is never re-tokenised.
     """
 

@@ -17,9 +17,23 @@ MAX_NUMBER = 20
 
 _SPECIALS = ("<pad>", "<unk>", "<system>", "<user>", "<assistant>", STOP_TOKEN)
 _WORDS = (
-    "guess a number from to is the what largest smallest of and higher lower correct invalid "
-    "solved failed left try again answer yes no + - * = ? , ."
-).split()
+    *(
+        "guess",
+        "a",
+        "number",
+        "from",
+        "to",
+        "is",
+        "the",
+        "what",
+        "largest",
+        "smallest",
+        "of",
+        "and",
+    ),
+    *("higher", "lower", "correct", "invalid", "solved", "failed", "left", "try", "again"),
+    *("answer", "yes", "no", "+", "-", "*", "=", "?", ",", "."),
+)
 VOCABULARY = (*_SPECIALS, *(str(n) for n in range(MAX_NUMBER + 1)), *_WORDS)
 
 _CHAT_TEMPLATE = (
@@ -32,7 +46,8 @@ _CHAT_TEMPLATE = (
 def build_tiny_tokenizer() -> PreTrainedTokenizerFast:
     """Return the word-level tokenizer: fewer than 64 words, split at white space and punctuation.
 
-    Numbers from 0 to 20 are one token each; any other word is ``<unk>``. A reply ends with ``<end>``.
+    Numbers from 0 to 20 are one token each, any other word is ``<unk>``; a reply ends with
+    ``<end>``.
     """
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
