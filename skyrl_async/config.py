@@ -259,7 +259,7 @@ class Config(Section):
     def largest_group_bytes(self) -> int:
         """Bytes of the largest group that the limits allow."""
         tokens = self.engine.context_length
-        return self.rollout.group_size * (RECORD_OVERHEAD_BYTES + (4 + BYTES_PER_TOKEN) * tokens)
+        return self.rollout.group_size * (RECORD_OVERHEAD_BYTES + BYTES_PER_TOKEN * tokens)
 
     @model_validator(mode="after")
     def _check_across_sections(self) -> Self:
