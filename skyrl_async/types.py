@@ -410,6 +410,57 @@ class DroppedGroup:
     detail: str = ""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assignment:
+    """One admitted task on its way to a rollout actor.
+
+    Attributes:
+        group_id: given at admission.
+        task: to be played by all members of the group.
+    """
+
+    group_id: int
+    task: Task
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RolloutReport:
+    """What happened at one rollout actor since its last report.
+
+    Attributes:
+        engine_version: policy version that its engine has loaded.
+        groups: finished or dropped, each exactly once.
+        seconds: wall time of the actor by part; see the idle ledger.
+        engine_seconds: wall time of its engine by part.
+        counts: tokens, decode steps and the like, to be summed.
+        maxima: for example the longest gap between two decode steps, in seconds.
+    """
+
+    engine_version: int
+    groups: tuple[TrajectoryGroup | DroppedGroup, ...]
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    engine_seconds: Mapping[str, float] = field(default_factory=dict)
+    counts: Mapping[str, float] = field(default_factory=dict)
+    maxima: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationResult:
+    """Greedy play of held-out tasks by one pinned policy version.
+
+    Attributes:
+        policy_version: that played all of them.
+        mean_reward: over all tasks; a failed one counts 0.
+        num_tasks: played.
+        num_failures: tasks that the environment failed.
+    """
+
+    policy_version: int
+    mean_reward: float
+    num_tasks: int
+    num_failures: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class SampledGroup:
     """A group leased to the learner for one step, with its cut-off.
@@ -436,6 +487,57 @@ class SampledBatch:
     lease_id: int
     train_version: int
     groups: tuple[SampledGroup, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StoredGroup:
+    """A group in the replay buffer, with its uses so far.
+
+    Attributes:
+        group: the frozen group.
+        times_sampled: finished learner steps that trained it.
+        made_version: policy version that its last use made; None before the first.
+    """
+
+    group: TrajectoryGroup
+    times_sampled: int = 0
+    made_version: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.times_sampled < 0 or (self.times_sampled == 0) != (self.made_version is None):
+            raise ValueError(
+                f"times_sampled={self.times_sampled} does not fit made_version={self.made_version}"
+            )
+
+
+class GroupFate(StrEnum):
+    """How a group leaves the replay buffer."""
+
+    CONSUMED = "consumed"
+    """It was trained as often as ``replay.max_times_sampled`` allows."""
+    RETIRED = "retired"
+    """It was trained at least once, and is now too old for another use."""
+    DROPPED = "dropped"
+    """It leaves for a :class:`DropReason`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class DepartedGroup:
+    """A group that left the replay buffer.
+
+    Attributes:
+        stored: the group, with its uses.
+        fate: how it left.
+        reason: why it was dropped; None for the other fates.
+    """
+
+    stored: StoredGroup
+    fate: GroupFate
+    reason: DropReason | None = None
+
+    def __post_init__(self) -> None:
+        if (self.fate is GroupFate.DROPPED) != (self.reason is not None):
+            raise ValueError(f"fate {self.fate} does not fit reason {self.reason}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

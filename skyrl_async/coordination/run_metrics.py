@@ -1,0 +1,175 @@
+"""What the coordinator saw, as metrics of each learner step and as the summary of the run."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from skyrl_async.metrics.recorder import Recorder
+from skyrl_async.metrics.values import Histogram, Max, Mean, Std, Sum
+from skyrl_async.types import (
+    DroppedGroup,
+    EvaluationResult,
+    RolloutReport,
+    SampledBatch,
+    StepResult,
+    TrajectoryGroup,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """Where the run is at the end of a learner step.
+
+    Attributes:
+        step: learner steps done, skipped ones included.
+        policy_version: of the learner.
+        live_version: that every engine has loaded.
+        buffered_groups: in the replay buffer.
+        buffered_bytes: their size.
+    """
+
+    step: int
+    policy_version: int
+    live_version: int
+    buffered_groups: int
+    buffered_bytes: int
+
+
+class RunMetrics:
+    """Turns reports, drops and step results into recorded metrics, and keeps the run's totals.
+
+    Args:
+        recorder: writes one line per learner step.
+        clock: seconds, monotonic; the run's time starts now.
+    """
+
+    def __init__(self, recorder: Recorder, *, clock: Callable[[], float]) -> None:
+        self._recorder = recorder
+        self._clock = clock
+        self._started_s = clock()
+        self._first_step_s: float | None = None
+        self._reward_means: list[float] = []
+        self._evaluations: list[EvaluationResult] = []
+        self._dropped: Counter[str] = Counter()
+        self._failed_members: Counter[str] = Counter()
+        self._generated = 0.0
+        self._trajectories_trained = 0
+        self._tokens_trained = 0
+        self._lost_tokens = 0
+        self._staleness_max = 0
+        self._steps = 0
+        self._skipped_steps = 0
+
+    def rollout_report(self, report: RolloutReport) -> None:
+        """Record what an actor reported."""
+        r = self._recorder
+        groups = [g for g in report.groups if isinstance(g, TrajectoryGroup)]
+        rewards = [t.reward for group in groups for t in group.trajectories]
+        if rewards:
+            r.record("reward/mean", Mean.of(rewards))
+            r.record("reward/std", Std.of(rewards))
+            r.count("throughput/trajectories", len(rewards))
+            lengths = [t.num_generated_tokens for group in groups for t in group.trajectories]
+            r.record("rollout/generated_tokens_mean", Mean.of(lengths))
+            turns = [t.num_turns for group in groups for t in group.trajectories]
+            r.record("rollout/turns_mean", Mean.of(turns))
+        for group in report.groups:
+            self._failed_members.update(reason.value for reason in group.failures)
+        generated = report.counts.get("generated_tokens", 0.0)
+        self._generated += generated
+        r.count("throughput/generated_tokens", generated)
+        r.record("sync/reprefilled_tokens", Sum(report.counts.get("reprefilled_tokens", 0.0)))
+        r.record("sync/stall_s", Sum(report.counts.get("swap_stall_s", 0.0)))
+        for name, value in report.maxima.items():
+            r.record(f"engine/{name}", Max(value))
+        if report.seconds:
+            r.record_parts("actor", report.seconds)
+        if report.engine_seconds:
+            r.record_parts("engine", report.engine_seconds)
+
+    def dropped(self, groups: Iterable[DroppedGroup]) -> None:
+        """Count groups that left untrained."""
+        for group in groups:
+            self._dropped[group.reason.value] += 1
+            self._recorder.record(f"dropped/{group.reason.value}", Sum(1))
+            self._recorder.record("dropped/generated_tokens", Sum(group.num_generated_tokens))
+
+    def evaluated(self, result: EvaluationResult) -> None:
+        """Record an evaluation; it is written with the next step."""
+        self._evaluations.append(result)
+        self._recorder.record("eval/reward_mean", result.mean_reward)
+        self._recorder.record("eval/policy_version", result.policy_version)
+        self._recorder.record("eval/failures", result.num_failures)
+
+    def staleness_cost(self, values: Mapping[str, float]) -> None:
+        """Record what the bound costs, as the buffer counted it."""
+        self._recorder.add({f"staleness/{name}": value for name, value in values.items()})
+
+    def learner_step(
+        self, batch: SampledBatch, result: StepResult, progress: Progress
+    ) -> dict[str, float | None]:
+        """Record a finished step and write all metrics since the step before."""
+        if self._first_step_s is None:
+            self._first_step_s = self._clock() - self._started_s
+        r = self._recorder
+        self._steps = progress.step
+        if result.skipped:
+            self._skipped_steps += 1
+        else:
+            trained = sum(result.staleness_counts.values())
+            self._trajectories_trained += sum(len(g.group.trajectories) for g in batch.groups)
+            self._tokens_trained += trained
+            r.count("throughput/trained_tokens", trained)
+            staleness = Histogram(dict(result.staleness_counts))
+            r.record("staleness", staleness)
+            self._staleness_max = max(self._staleness_max, staleness.max or 0)
+            rewards = np.concatenate(
+                [[t.reward for t in g.group.trajectories] for g in batch.groups]
+            )
+            r.record("reward/trained_mean", Mean.of(rewards))
+        r.record("learner/skipped_steps", Sum(float(result.skipped)))
+        written = r.flush(
+            progress.step,
+            extra={
+                "policy_version": progress.policy_version,
+                "live_version": progress.live_version,
+                "buffer/groups": progress.buffered_groups,
+                "buffer/bytes": progress.buffered_bytes,
+                **result.metrics,
+            },
+        )
+        reward = written.get("reward/mean")
+        if reward is not None:
+            self._reward_means.append(reward)
+        return written
+
+    @property
+    def last_evaluation(self) -> EvaluationResult | None:
+        """The newest evaluation."""
+        return self._evaluations[-1] if self._evaluations else None
+
+    def summary(self) -> dict[str, Any]:
+        """Return the run's totals under the names of ``summary.json``."""
+        tail = self._reward_means[-max(1, math.ceil(len(self._reward_means) / 10)) :]
+        last = self.last_evaluation
+        return {
+            "steps": self._steps,
+            "skipped_steps": self._skipped_steps,
+            "seconds": self._clock() - self._started_s,
+            "seconds_to_first_step": self._first_step_s,
+            "reward_final": sum(tail) / len(tail) if tail else None,
+            "eval_reward_final": last.mean_reward if last else None,
+            "eval_policy_version": last.policy_version if last else None,
+            "trajectories_trained": self._trajectories_trained,
+            "tokens_trained": self._tokens_trained,
+            "tokens_generated": int(self._generated),
+            "staleness_observed_max": self._staleness_max,
+            "dropped": dict(self._dropped),
+            "failed_members": dict(self._failed_members),
+        }

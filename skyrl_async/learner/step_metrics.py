@@ -1,0 +1,84 @@
+"""What a learner step reports: sums over loss tokens, so that any split gives the same numbers."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from skyrl_async.algorithms.policy_loss import PolicyLoss
+from skyrl_async.learner.packing import Microbatch
+from skyrl_async.learner.rank_group import RankGroup
+
+_NAMES = (
+    "tokens",
+    "loss",
+    "entropy",
+    "importance_weight",
+    "importance_weight_squared",
+    "importance_weight_capped",
+    "kl_behavior",
+    "clipped",
+    "mismatch_tokens",
+    "mismatch_kl",
+)
+
+
+class StepSums:
+    """Accumulates one rank's sums over all optimizer steps of one learner step.
+
+    Args:
+        train_version: policy version at the start of the step.
+    """
+
+    def __init__(self, *, train_version: int) -> None:
+        self.grad_norms: list[float] = []
+        self._train_version = train_version
+        self._sums = torch.zeros(len(_NAMES), dtype=torch.float64)
+        self._max_weight = torch.zeros((), dtype=torch.float64)
+
+    @torch.no_grad()
+    def add(
+        self, microbatch: Microbatch, policy: PolicyLoss, entropy: Tensor, proximal: Tensor
+    ) -> None:
+        """Add the tokens of one microbatch."""
+        fresh = microbatch.prefix_versions == self._train_version
+        log_ratio = (proximal - microbatch.behavior_logprobs)[fresh]
+        values = {
+            **policy.sums,
+            "tokens": torch.tensor(float(microbatch.num_loss_tokens)),
+            "loss": policy.loss,
+            "entropy": entropy.sum(),
+            "mismatch_tokens": fresh.sum(),
+            "mismatch_kl": (log_ratio.exp() - 1 - log_ratio).sum(),
+        }
+        self._sums += torch.stack([values[name].detach().double() for name in _NAMES])
+        largest = policy.maxima["importance_weight"].double()
+        self._max_weight = torch.maximum(self._max_weight, largest)
+
+    def metrics(self, ranks: RankGroup) -> dict[str, float]:
+        """Return the step's metrics over all ranks, under the run's names.
+
+        ``offpolicy/mismatch_kl`` is absent if no token's whole prefix has the learner's version.
+        """
+        totals = ranks.sum_(self._sums.clone()).tolist()
+        largest = float(ranks.max_(self._max_weight.clone()))
+        s = dict(zip(_NAMES, totals, strict=True))
+        tokens = max(s["tokens"], 1.0)
+        weight, squared = s["importance_weight"], s["importance_weight_squared"]
+        out = {
+            "learner/loss_tokens": s["tokens"],
+            "loss/policy": s["loss"] / tokens,
+            "policy/entropy": s["entropy"] / tokens,
+            "policy/grad_norm": math.fsum(self.grad_norms) / max(len(self.grad_norms), 1),
+            "offpolicy/ess_fraction": weight**2 / (tokens * squared) if squared else 1.0,
+            "offpolicy/importance_weight_mean": weight / tokens,
+            "offpolicy/importance_weight_max": largest,
+            "offpolicy/importance_weight_capped_fraction": s["importance_weight_capped"] / tokens,
+            "offpolicy/kl_behavior": s["kl_behavior"] / tokens,
+            "offpolicy/clip_fraction": s["clipped"] / tokens,
+        }
+        if s["mismatch_tokens"]:
+            out["offpolicy/mismatch_kl"] = s["mismatch_kl"] / s["mismatch_tokens"]
+        return out

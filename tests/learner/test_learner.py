@@ -1,0 +1,205 @@
+import copy
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from skyrl_async.learner.learner import Learner, LearnerSettings
+from skyrl_async.learner.rank_group import RankGroup
+from skyrl_async.learner.tiny_policy import build_tiny_model
+from skyrl_async.types import SampledBatch, SampledGroup, TrajectoryGroup
+from tests.records import make_trajectory, make_turn, random_batch
+
+
+def small_learner(**settings) -> Learner:
+    return Learner(build_tiny_model(hidden_size=16, num_heads=2), LearnerSettings(**settings))
+
+
+def weights_of(learner: Learner) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in learner.model.named_parameters()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def with_logprobs(batch: SampledBatch, value: float) -> SampledBatch:
+    """Return the batch with every behavior logprob replaced."""
+    groups = []
+    for sampled in batch.groups:
+        members = []
+        for trajectory in sampled.group.trajectories:
+            changed = copy.copy(trajectory)
+            object.__setattr__(
+                changed, "behavior_logprobs", np.full(len(trajectory.token_ids), value, np.float32)
+            )
+            members.append(changed)
+        group = TrajectoryGroup(
+            group_id=sampled.group.group_id,
+            task_id=sampled.group.task_id,
+            trajectories=tuple(members),
+        )
+        cutoff = sampled.min_trainable_version
+        groups.append(SampledGroup(group=group, min_trainable_version=cutoff))
+    return SampledBatch(
+        lease_id=batch.lease_id, train_version=batch.train_version, groups=tuple(groups)
+    )
+
+
+def test_one_step_makes_one_version_and_all_its_optimizer_steps():
+    learner = small_learner(num_minibatches=3, num_epochs=2)
+    result = learner.step(random_batch(0, train_version=0))
+    assert (result.policy_version, result.skipped) == (1, False)
+    assert result.metrics["optimizer_steps"] == 6
+    assert learner.policy_version == 1
+
+
+def test_first_optimizer_step_equals_the_literal_gradient():
+    """One minibatch, one optimizer step: minus w * A * grad log pi, averaged over loss tokens."""
+    batch = random_batch(1, train_version=0, num_groups=2, group_size=3)
+    learner = small_learner(
+        num_minibatches=1, entropy_coefficient=0.0, max_grad_norm=1e9, importance_weight_cap=1.5
+    )
+    reference = copy.deepcopy(learner.model).double()
+    terms, count = [], 0
+    for sampled in batch.groups:
+        rewards = np.array([t.reward for t in sampled.group.trajectories])
+        advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-6)
+        for trajectory, advantage in zip(sampled.group.trajectories, advantages, strict=True):
+            ids = torch.from_numpy(trajectory.token_ids.astype(np.int64))
+            logprobs = reference(input_ids=ids[None]).logits[0].log_softmax(-1)
+            for t in np.flatnonzero(trajectory.sampled):
+                logprob = logprobs[t - 1, ids[t]]
+                weight = min(math.exp(logprob.item() - trajectory.behavior_logprobs[t]), 1.5)
+                terms.append(-weight * advantage * logprob)
+                count += 1
+    (torch.stack(terms).sum() / count).backward()
+    before = weights_of(learner)
+    captured = {}
+    step = learner._optimizer.step
+
+    def capture() -> None:
+        captured.update({n: p.grad.clone() for n, p in learner.model.named_parameters()})
+        step()
+
+    learner._optimizer.step = capture
+    learner.step(batch)
+    for name, parameter in reference.named_parameters():
+        torch.testing.assert_close(captured[name].double(), parameter.grad, rtol=1e-4, atol=1e-7)
+    assert not same(before, weights_of(learner))
+
+
+def test_second_minibatch_is_clipped_against_the_start_of_the_step():
+    learner = small_learner(learning_rate=0.05)
+    result = learner.step(random_batch(2, train_version=0))
+    assert result.metrics["offpolicy/clip_fraction"] > 0
+    single = small_learner(learning_rate=0.05, num_minibatches=1)
+    result = single.step(random_batch(2, train_version=0))
+    assert result.metrics["offpolicy/clip_fraction"] == 0
+
+
+@pytest.mark.parametrize("num_minibatches", [1, 2])
+def test_a_nonfinite_gradient_changes_nothing_and_is_reported(num_minibatches):
+    learner = small_learner(num_minibatches=num_minibatches, importance_weight_cap=1e38)
+    learner.step(random_batch(3, train_version=0))
+    before, state = weights_of(learner), copy.deepcopy(learner._optimizer.state_dict())
+    result = learner.step(with_logprobs(random_batch(4, train_version=1), -1e30))
+    assert result.skipped and result.policy_version == 1
+    assert same(before, weights_of(learner))
+    after = learner._optimizer.state_dict()
+    for index, moments in state["state"].items():
+        for name, value in moments.items():
+            assert torch.equal(value, after["state"][index][name])
+    assert learner.optimizer_steps == num_minibatches
+    assert not learner.step(random_batch(5, train_version=1)).skipped
+
+
+def test_a_nonfinite_second_minibatch_undoes_the_first():
+    learner = small_learner()
+    before = weights_of(learner)
+    calls = []
+    real = learner._apply
+
+    def fail_second(loss, sums):
+        calls.append(1)
+        if len(calls) == 2:
+            learner._parameters[0].grad.fill_(float("nan"))
+        return real(loss, sums)
+
+    learner._apply = fail_second
+    assert learner.step(random_batch(6, train_version=0)).skipped
+    assert same(before, weights_of(learner))
+    assert learner.optimizer_steps == 0
+    assert not learner._optimizer.state_dict()["state"]
+
+
+def test_masked_tokens_change_nothing_but_the_baseline():
+    """A token below the cut-off has no part in the gradient, whatever its logprob says."""
+    fresh = make_trajectory(make_turn([1, 2], [3, 4], version=2), reward=1.0)
+    old_a = make_trajectory(make_turn([1, 2], [5, 6], version=0, logprob=-1.0), reward=0.0)
+    old_b = make_trajectory(make_turn([1, 2], [5, 6], version=0, logprob=-9.0), reward=0.0)
+    results = []
+    for old in (old_a, old_b):
+        group = TrajectoryGroup(group_id=0, task_id="t", trajectories=(fresh, old))
+        batch = SampledBatch(
+            lease_id=0,
+            train_version=2,
+            groups=(SampledGroup(group=group, min_trainable_version=1),),
+        )
+        learner = small_learner(num_minibatches=1)
+        learner.policy_version = 2
+        result = learner.step(batch)
+        assert result.staleness_counts == {0: 2}
+        results.append(weights_of(learner))
+    assert same(*results)
+
+
+def test_a_batch_for_another_version_is_refused():
+    with pytest.raises(RuntimeError, match="policy version 3, the learner is at 0"):
+        small_learner().step(random_batch(0, train_version=3))
+
+
+def test_warmup_scales_the_learning_rate():
+    learner = small_learner(warmup_steps=4, learning_rate=1.0, num_minibatches=1)
+    rates = [learner.step(random_batch(v, train_version=v)).metrics["policy/lr"] for v in range(5)]
+    assert rates == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
+
+
+def _train_rank(rank: int, num_ranks: int, port: int, dtype: str, folder: str) -> None:
+    torch.set_num_threads(1)
+    ranks = RankGroup(rank=rank, num_ranks=num_ranks, store_address=("127.0.0.1", port))
+    model = build_tiny_model(hidden_size=16, num_heads=2).to(getattr(torch, dtype))
+    learner = Learner(model, LearnerSettings(max_grad_norm=1e9), ranks=ranks)
+    gradients = []
+    step = learner._optimizer.step
+
+    def capture() -> None:
+        gradients.append([p.grad.clone() for p in model.parameters()])
+        step()
+
+    learner._optimizer.step = capture
+    # 3 trajectories over 2 minibatches: with 2 ranks, one rank has no token in one of them.
+    batch = random_batch(7, train_version=0, num_groups=1, group_size=3)
+    result = learner.step(batch)
+    torch.save((gradients[0], result.metrics, dict(result.staleness_counts)), f"{folder}/{rank}.pt")
+    ranks.close()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float64", 1e-10)])
+def test_two_ranks_have_the_gradient_of_one(tmp_path: Path, free_port, dtype, tolerance):
+    _train_rank(0, 1, 0, dtype, str(tmp_path))
+    alone, metrics_alone, counts_alone = torch.load(tmp_path / "0.pt")
+    mp.start_processes(
+        _train_rank, args=(2, free_port, dtype, str(tmp_path)), nprocs=2, start_method="fork"
+    )
+    for rank in range(2):
+        gradients, metrics, counts = torch.load(tmp_path / f"{rank}.pt")
+        for mine, expected in zip(gradients, alone, strict=True):
+            scale = expected.abs().max().item()
+            assert (mine - expected).abs().max().item() <= tolerance * max(scale, 1e-3)
+        assert counts == counts_alone
+        for name, value in metrics_alone.items():
+            assert metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-7), name

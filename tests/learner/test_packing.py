@@ -1,0 +1,106 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from skyrl_async.algorithms.advantages import grpo
+from skyrl_async.learner.logprobs import token_logprobs
+from skyrl_async.learner.packing import fill_rows, pack, split_evenly
+from skyrl_async.learner.sequences import make_sequences
+from skyrl_async.learner.tiny_policy import build_tiny_model
+from tests.records import random_batch
+
+LENGTHS = st.lists(st.integers(1, 64), max_size=60)
+
+
+@given(LENGTHS)
+def test_every_sequence_is_in_exactly_one_row_and_rows_are_not_overfull(lengths):
+    rows = fill_rows(lengths, row_tokens=64)
+    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+    assert all(sum(lengths[i] for i in row) <= 64 for row in rows)
+
+
+@given(LENGTHS)
+def test_at_most_one_row_is_less_than_half_full(lengths):
+    rows = fill_rows(lengths, row_tokens=64)
+    assert sum(sum(lengths[i] for i in row) < 32 for row in rows) <= 1
+
+
+def test_a_sequence_longer_than_a_row_is_refused():
+    with pytest.raises(ValueError, match="65 tokens does not fit rows of 64"):
+        fill_rows([65], row_tokens=64)
+
+
+@given(LENGTHS, st.integers(1, 5))
+def test_parts_share_the_tokens_evenly(lengths, num_parts):
+    parts = split_evenly(lengths, num_parts=num_parts)
+    assert sorted(i for part in parts for i in part) == list(range(len(lengths)))
+    loads = [sum(lengths[i] for i in part) for part in parts]
+    assert max(loads) - min(loads) <= max(lengths, default=0)
+
+
+@settings(deadline=None, max_examples=15)
+@given(st.integers(0, 10_000), st.sampled_from([1, 100, 8192]))
+def test_packed_logprobs_equal_those_of_each_sequence_alone(seed, tokens_per_microbatch):
+    model = build_tiny_model(hidden_size=16, num_heads=2).double()
+    sequences = make_sequences(random_batch(seed, train_version=3).groups, advantage=grpo)
+    microbatches = pack(sequences, tokens_per_microbatch=tokens_per_microbatch, dtype=torch.float64)
+    rows = []
+    with torch.no_grad():
+        for microbatch in microbatches:
+            logprobs, entropy = token_logprobs(model, microbatch)
+            rows += zip(
+                microbatch.targets.tolist(),
+                microbatch.behavior_logprobs.tolist(),
+                microbatch.advantages.tolist(),
+                logprobs.tolist(),
+                entropy.tolist(),
+                strict=True,
+            )
+        expected = []
+        for sequence in sequences:
+            ids = torch.from_numpy(sequence.token_ids.astype(np.int64)).unsqueeze(0)
+            all_logprobs = model(input_ids=ids).logits[0].log_softmax(-1)
+            for t in np.flatnonzero(sequence.loss_mask):
+                at = all_logprobs[t - 1]
+                token = int(sequence.token_ids[t])
+                expected.append(
+                    (
+                        token,
+                        float(sequence.behavior_logprobs[t]),
+                        float(sequence.advantages[t]),
+                        at[token].item(),
+                        -(at.exp() * at).sum().item(),
+                    )
+                )
+    assert len(rows) == len(expected)
+    for got, wanted in zip(sorted(rows), sorted(expected), strict=True):
+        assert got == pytest.approx(wanted, abs=1e-9)
+
+
+def test_next_to_nothing_is_padding():
+    sequences = make_sequences(
+        random_batch(0, train_version=3, num_groups=16, group_size=16).groups, advantage=grpo
+    )
+    microbatches = pack(sequences, tokens_per_microbatch=8192)
+    real = sum(int((m.sequence_ids >= 0).sum()) for m in microbatches)
+    computed = sum(m.token_ids.numel() for m in microbatches)
+    assert real == sum(len(s.token_ids) for s in sequences)
+    assert real / computed > 0.97
+
+
+def test_the_prefix_version_is_the_oldest_so_far():
+    from tests.records import make_trajectory, make_turn
+
+    trajectory = make_trajectory(
+        make_turn([1, 2], [3, 4], version=[5, 6]), make_turn([7], [8, 9], version=[6, 7])
+    )
+    from skyrl_async.types import SampledGroup, TrajectoryGroup
+
+    group = TrajectoryGroup(group_id=0, task_id="t", trajectories=(trajectory, trajectory))
+    sequences = make_sequences([SampledGroup(group=group, min_trainable_version=6)], advantage=grpo)
+    (microbatch,) = pack(sequences[:1], tokens_per_microbatch=64)
+    assert microbatch.policy_versions.tolist() == [6, 6, 7]
+    assert microbatch.prefix_versions.tolist() == [5, 5, 5]
+    assert microbatch.targets.tolist() == [4, 8, 9]
