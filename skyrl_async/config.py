@@ -6,6 +6,7 @@ errors at once) is in :mod:`skyrl_async.config_loading`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -27,7 +28,7 @@ class RunSection(Section):
     name: str = Field(default="number_guess", pattern=r"^[A-Za-z0-9._-]+$")
     """Name of the run; its folder is runs/<name>-<time> unless run.dir says otherwise."""
     dir: str | None = None
-    """Folder of the run; it must be new or empty."""
+    """Folder of the run; one that holds a run already is refused."""
     steps: int = Field(default=240, ge=1)
     """Learner steps to train."""
     max_seconds: float | None = Field(default=None, gt=0)
@@ -61,7 +62,7 @@ class ModelSection(Section):
     num_layers: int = Field(default=2, ge=1)
     """Layers of the built-in policy."""
     num_heads: int = Field(default=4, ge=2)
-    """Attention heads of the built-in policy."""
+    """Attention heads of the built-in policy; an even number."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the weights in the engine and in the learner."""
 
@@ -263,73 +264,95 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check_across_sections(self) -> Self:
-        problems = list(self._problems())
+        problems = (
+            *self._sampling_problems(),
+            *self._pace_problems(),
+            *self._replay_problems(),
+            *self._model_problems(),
+            *self._run_problems(),
+        )
         if problems:
             raise ValueError("\n".join(problems))
         return self
 
-    def _problems(self) -> list[str]:
-        """Return one line for each pair of values that cannot work together, with the remedy."""
-        out: list[str] = []
+    # One line for each set of values that cannot work together: every value as path=value, then the
+    # limit and the remedy. The loader finds by these paths where the values were set.
+
+    def _sampling_problems(self) -> Iterator[str]:
         if self.sampling.top_p < 1 or self.sampling.top_k > 0:
-            out.append(
+            yield (
                 f"sampling.top_p={self.sampling.top_p}, sampling.top_k={self.sampling.top_k}: "
                 "training needs 1 and 0, because importance weights are only right over the whole "
                 "vocabulary"
             )
-        if self.staleness.rule == "pace":
-            if self.replay.max_times_sampled > 1:
-                out.append(
-                    f"replay.max_times_sampled={self.replay.max_times_sampled}: "
-                    "staleness.rule=pace uses every group once; set 1 or use mask"
-                )
-            if self.replay.selector != "fifo":
-                out.append(
-                    f"replay.selector={self.replay.selector}: staleness.rule=pace takes the oldest "
-                    "first; set fifo or use mask"
-                )
-        batch = self.learner.groups_per_step
+        if self.sampling.max_tokens >= self.engine.context_length:
+            yield (
+                f"sampling.max_tokens={self.sampling.max_tokens}: must be below "
+                f"engine.context_length={self.engine.context_length}; raise that or lower this"
+            )
+
+    def _pace_problems(self) -> Iterator[str]:
+        if self.staleness.rule != "pace":
+            return
+        if self.replay.max_times_sampled > 1:
+            yield (
+                f"replay.max_times_sampled={self.replay.max_times_sampled}: "
+                "staleness.rule=pace uses every group once; set 1 or staleness.rule=mask"
+            )
+        if self.replay.selector != "fifo":
+            yield (
+                f"replay.selector={self.replay.selector}: staleness.rule=pace takes the oldest "
+                "first; set fifo or staleness.rule=mask"
+            )
+
+    def _replay_problems(self) -> Iterator[str]:
+        batch, group_size = self.learner.groups_per_step, self.rollout.group_size
         needed = batch * self.largest_group_bytes
         if self.replay.capacity_bytes <= needed:
-            out.append(
-                f"replay.capacity_bytes={self.replay.capacity_bytes}: must exceed {needed} "
-                f"(learner.groups_per_step {batch} x the largest group of "
-                f"{self.largest_group_bytes} bytes), or actors and learner would wait for each other"
+            yield (
+                f"replay.capacity_bytes={self.replay.capacity_bytes}: must exceed {needed}, or "
+                f"actors and learner would wait for each other: learner.groups_per_step={batch} "
+                f"times the largest group of {self.largest_group_bytes} bytes "
+                f"(rollout.group_size={group_size}, "
+                f"engine.context_length={self.engine.context_length})"
             )
         capacity = self.replay.capacity_groups
         if capacity is not None and capacity < batch:
-            out.append(
+            yield (
                 f"replay.capacity_groups={capacity}: must be at least "
-                f"learner.groups_per_step={batch}"
+                f"learner.groups_per_step={batch}, or no batch would ever be complete"
             )
-        if self.learner.num_minibatches > batch * self.rollout.group_size:
-            out.append(
+        if self.learner.num_minibatches > batch * group_size:
+            yield (
                 f"learner.num_minibatches={self.learner.num_minibatches}: a batch has only "
-                f"{batch * self.rollout.group_size} trajectories"
+                f"{batch * group_size} trajectories (learner.groups_per_step={batch} times "
+                f"rollout.group_size={group_size}); set at most that"
             )
+
+    def _model_problems(self) -> Iterator[str]:
+        model = self.model
+        if model.path is not None:
+            return
+        if model.num_heads % 2 or model.hidden_size % (2 * model.num_heads):
+            yield (
+                f"model.hidden_size={model.hidden_size}, model.num_heads={model.num_heads}: the "
+                "number of heads must be even and the width a multiple of twice that number, for "
+                "example 64 and 4"
+            )
+
+    def _run_problems(self) -> Iterator[str]:
         if self.runtime == "local" and self.learner.num_ranks > 1:
-            out.append(
+            yield (
                 f"learner.num_ranks={self.learner.num_ranks}: runtime=local has one rank; "
-                "use runtime=ray"
+                "set 1 or runtime=ray"
             )
         if self.runtime == "local" and self.cluster.address is not None:
-            out.append(
+            yield (
                 f"cluster.address={self.cluster.address}: runtime=local starts no Ray; "
-                "use runtime=ray or remove it"
-            )
-        if self.model.path is None and self.model.hidden_size % self.model.num_heads:
-            out.append(
-                f"model.hidden_size={self.model.hidden_size}: must be a multiple of "
-                f"model.num_heads={self.model.num_heads}"
-            )
-        if self.sampling.max_tokens >= self.engine.context_length:
-            out.append(
-                f"sampling.max_tokens={self.sampling.max_tokens}: must be below "
-                f"engine.context_length={self.engine.context_length}"
+                "set runtime=ray or remove the address"
             )
         if self.evaluation.num_tasks == 0 and self.run.stop_at_eval_reward is not None:
-            out.append(
-                f"run.stop_at_eval_reward={self.run.stop_at_eval_reward}: needs "
-                "evaluation.num_tasks > 0"
+            yield (
+                f"run.stop_at_eval_reward={self.run.stop_at_eval_reward}: "
+                "evaluation.num_tasks=0 never evaluates; set it above 0"
             )
-        return out

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from skyrl_async.coordination.staleness import StalenessCost
 from skyrl_async.metrics.recorder import Recorder
 from skyrl_async.metrics.values import Histogram, Max, Mean, Std, Sum
 from skyrl_async.types import (
+    DepartedGroup,
     DroppedGroup,
+    DropReason,
     EvaluationResult,
+    GroupFate,
     RolloutReport,
     SampledBatch,
     StepResult,
@@ -61,7 +65,7 @@ class RunMetrics:
         self._generated = 0.0
         self._trajectories_trained = 0
         self._tokens_trained = 0
-        self._lost_tokens = 0
+        self._cost = StalenessCost()
         self._staleness_max = 0
         self._steps = 0
         self._skipped_steps = 0
@@ -94,11 +98,9 @@ class RunMetrics:
             r.record_parts("engine", report.engine_seconds)
 
     def dropped(self, groups: Iterable[DroppedGroup]) -> None:
-        """Count groups that left untrained."""
+        """Count groups that failed at their actor."""
         for group in groups:
-            self._dropped[group.reason.value] += 1
-            self._recorder.record(f"dropped/{group.reason.value}", Sum(1))
-            self._recorder.record("dropped/generated_tokens", Sum(group.num_generated_tokens))
+            self._count_drop(group.reason, group.num_generated_tokens)
 
     def evaluated(self, result: EvaluationResult) -> None:
         """Record an evaluation; it is written with the next step."""
@@ -107,12 +109,23 @@ class RunMetrics:
         self._recorder.record("eval/policy_version", result.policy_version)
         self._recorder.record("eval/failures", result.num_failures)
 
-    def staleness_cost(self, values: Mapping[str, float]) -> None:
-        """Record what the bound costs, as the buffer counted it."""
-        self._recorder.add({f"staleness/{name}": value for name, value in values.items()})
+    def departed(self, groups: Iterable[DepartedGroup]) -> None:
+        """Count groups that left the replay buffer, and what the bound lost with them."""
+        for departed in groups:
+            if departed.reason is None:
+                if departed.fate is GroupFate.RETIRED:
+                    self._recorder.record("buffer/retired", Sum(1))
+                continue
+            group = departed.stored.group
+            self._count_drop(departed.reason, group.num_generated_tokens)
+
+    def _count_drop(self, reason: DropReason, num_tokens: int) -> None:
+        self._dropped[reason.value] += 1
+        self._recorder.record(f"dropped/{reason.value}", Sum(1))
+        self._recorder.record("dropped/generated_tokens", Sum(num_tokens))
 
     def learner_step(
-        self, batch: SampledBatch, result: StepResult, progress: Progress
+        self, batch: SampledBatch, result: StepResult, progress: Progress, cost: StalenessCost
     ) -> dict[str, float | None]:
         """Record a finished step and write all metrics since the step before."""
         if self._first_step_s is None:
@@ -125,6 +138,11 @@ class RunMetrics:
             trained = sum(result.staleness_counts.values())
             self._trajectories_trained += sum(len(g.group.trajectories) for g in batch.groups)
             self._tokens_trained += trained
+            self._cost += cost
+            # Losses bias the whole run, so they are shown since its start.
+            since_start = self._cost.metrics()
+            since_start.update(masked_fraction=cost.metrics().get("masked_fraction", 0.0))
+            r.add({f"staleness/{name}": value for name, value in since_start.items()})
             r.count("throughput/trained_tokens", trained)
             staleness = Histogram(dict(result.staleness_counts))
             r.record("staleness", staleness)

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from skyrl_async.environments.base import EnvironmentFailure
 from skyrl_async.rollout.chat import Chat
-from skyrl_async.rollout.engine_client import EngineClient
+from skyrl_async.rollout.engine_client import EngineClient, EngineStats
 from skyrl_async.rollout.episode import EpisodeLimits, Sessions, play
 from skyrl_async.rollout.group import play_group
 from skyrl_async.types import (
@@ -32,8 +32,8 @@ class Engine(EngineClient, Protocol):
         """Generate until cancelled."""
         ...
 
-    def report(self) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
-        """Return (seconds by part, counts, maxima) since the last call."""
+    def take_stats(self) -> EngineStats:
+        """Return what it did since the last call."""
         ...
 
 
@@ -135,14 +135,7 @@ class RolloutActor:
         self._news.clear()
         self._last_report_s = self._clock()
         groups, self._finished = tuple(self._finished), []
-        seconds, counts, maxima = self._engine.report()
-        return RolloutReport(
-            engine_version=self._engine.policy_version,
-            groups=groups,
-            engine_seconds=seconds,
-            counts=counts,
-            maxima=maxima,
-        )
+        return _report(self._engine.policy_version, groups, self._engine.take_stats())
 
     async def evaluate(self, tasks: Sequence[Task]) -> EvaluationResult:
         """Play ``tasks`` greedily with the weights that the engine has now, pinned.
@@ -220,3 +213,32 @@ class RolloutActor:
     def _fail(self, error: BaseException) -> None:
         self._error = self._error or error
         self._news.set()
+
+
+def _report(
+    version: int, groups: tuple[TrajectoryGroup | DroppedGroup, ...], stats: EngineStats
+) -> RolloutReport:
+    """Say where the time of the engine, and of the actor whose loop it shares, went."""
+    generating = stats.busy_s - stats.swap_stall_s
+    return RolloutReport(
+        engine_version=version,
+        groups=groups,
+        seconds={"engine": stats.busy_s, "episodes": stats.yielded_s, "idle": stats.idle_s},
+        engine_seconds={
+            "generate": generating,
+            "swap": stats.swap_stall_s,
+            "wait_episodes": stats.yielded_s,
+            "idle": stats.idle_s,
+        },
+        counts={
+            "generated_tokens": stats.generated_tokens,
+            "prefilled_tokens": stats.prefilled_tokens,
+            "reprefilled_tokens": stats.reprefilled_tokens,
+            "decode_steps": stats.decode_steps,
+            "swap_stall_s": stats.swap_stall_s,
+        },
+        maxima={
+            "longest_gap_s": stats.longest_gap_s,
+            "longest_gap_decode_steps": stats.longest_gap_decode_steps,
+        },
+    )

@@ -1,0 +1,315 @@
+"""How fast is the embedded engine on one core, and what does a weight swap cost it?
+
+Three measurements, all with sampling over the whole vocabulary and logprobs:
+
+* long replies: 64 concurrent requests of 32 prompt tokens and 128 new ones, built-in model of width
+  128, against the continuous batching of `transformers` on the same model and requests, in turns;
+* short replies: 256 concurrent episodes of 6 turns, prompts and observations of 6 to 10 tokens,
+  replies of 2 to 4, width 64; each next turn starts as soon as the previous reply is there;
+* swaps: replies of 48 tokens through 3 weight swaps, with the KV cache recomputed or kept. The
+  deviation is that of the engine's logprobs from a plain forward pass of each token's own version,
+  over the tokens sampled after the first swap.
+
+Other programs only make a round slower, so each throughput is that of the best round.
+
+    python benchmarks/engine_throughput.py --quick
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import copy
+import logging
+import os
+import random
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import torch
+from report import finish, parse_args
+from transformers import ContinuousBatchingConfig, GenerationConfig, Qwen3ForCausalLM
+
+from skyrl_async.learner.tiny_policy import build_tiny_model
+from skyrl_async.rollout.embedded_engine import EmbeddedEngine
+from skyrl_async.types import Generation, Sampling
+
+TOKENS_PER_S_TARGET = 15_000
+SPEEDUP_TARGET = 3.0
+SHORT_REQUESTS_PER_S_TARGET = 6_000
+
+NUM_LONG, PROMPT_TOKENS, NEW_TOKENS = 64, 32, 128
+NUM_EPISODES, TURNS = 256, 6
+NUM_SWAPPING, SWAP_NEW_TOKENS, SWAP_EVERY_STEPS, NUM_SWAPS = 64, 48, 12, 3
+UPDATE_SIZES = (0.001, 0.01, 0.1)
+"""Norm of each swap's change over the norm of the parameter."""
+
+
+@contextlib.asynccontextmanager
+async def running(model: Qwen3ForCausalLM, **options: Any) -> AsyncIterator[EmbeddedEngine]:
+    engine = EmbeddedEngine(model, **options)
+    runner = asyncio.create_task(engine.run())
+    try:
+        yield engine
+    finally:
+        runner.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await runner
+
+
+def random_ids(rng: random.Random, count: int, *, vocab_size: int) -> list[int]:
+    return rng.choices(range(vocab_size), k=count)
+
+
+class LongReplies:
+    """The same requests for both engines; each has its own copy of the model."""
+
+    def __init__(self) -> None:
+        self._model = build_tiny_model(hidden_size=128, vocab_size=320)
+        self._baseline_model = build_tiny_model(hidden_size=128, vocab_size=320)
+        rng = random.Random(0)
+        self._prompts = [random_ids(rng, PROMPT_TOKENS, vocab_size=320) for _ in range(NUM_LONG)]
+
+    def ours(self, rounds: int) -> list[float]:
+        """Return tokens per second of each round."""
+        return asyncio.run(self._ours(rounds))
+
+    async def _ours(self, rounds: int) -> list[float]:
+        sampling = Sampling(max_tokens=NEW_TOKENS)
+        rates = []
+        async with running(
+            self._model, max_concurrent=NUM_LONG, context_length=PROMPT_TOKENS + NEW_TOKENS
+        ) as engine:
+            for _ in range(rounds):
+                started = time.perf_counter()
+                generations = await asyncio.gather(
+                    *(
+                        engine.generate(prompt, sampling, request_id=str(i))
+                        for i, prompt in enumerate(self._prompts)
+                    )
+                )
+                tokens = sum(len(g.token_ids) for g in generations)
+                rates.append(tokens / (time.perf_counter() - started))
+        return rates
+
+    def baseline(self, rounds: int) -> list[float]:
+        """Return tokens per second of each round, without making and warming up the manager."""
+        generation = GenerationConfig(
+            max_new_tokens=NEW_TOKENS, do_sample=True, top_k=0, top_p=1.0, eos_token_id=-1
+        )
+        # Pages of 32 were the fastest of 16, 32, 160 and 256.
+        batching = ContinuousBatchingConfig(
+            page_size=32,
+            num_blocks=NUM_LONG * (-(-(PROMPT_TOKENS + NEW_TOKENS) // 32) + 1),
+            max_batch_tokens=512,
+            max_requests_per_batch=NUM_LONG,
+            return_logprobs=True,
+            seed=0,
+        )
+        rates = []
+        for _ in range(rounds):
+            started = time.perf_counter()
+            outputs = self._baseline_model.generate_batch(
+                self._prompts,
+                generation_config=generation,
+                continuous_batching_config=batching,
+                persistent_manager=True,
+            )
+            tokens = sum(len(output.generated_tokens) for output in outputs.values())
+            if tokens != NUM_LONG * NEW_TOKENS:
+                raise RuntimeError(f"the baseline returned {tokens} tokens")
+            rates.append(tokens / (time.perf_counter() - started))
+        return rates
+
+    def close(self) -> None:
+        """Free the baseline's cache."""
+        self._baseline_model.destroy_cached_continuous_batching_manager()
+
+
+async def short_replies(rounds: int, *, episodes_each: int) -> list[tuple[float, float]]:
+    """Return requests and tokens per second of each round."""
+    rng = random.Random(0)
+    samplings = [Sampling(max_tokens=count) for count in (2, 3, 4)]
+    model = build_tiny_model(hidden_size=64)
+    tokens = 0
+
+    async def play(engine: EmbeddedEngine, name: str) -> None:
+        nonlocal tokens
+        context = random_ids(rng, rng.randint(6, 10), vocab_size=64)
+        for turn in range(TURNS):
+            reply = await engine.generate(
+                context, rng.choice(samplings), request_id=f"{name}/{turn}", session_id=name
+            )
+            tokens += len(reply.token_ids)
+            observation = random_ids(rng, rng.randint(6, 10), vocab_size=64)
+            context = [*context, *reply.token_ids.tolist(), *observation]
+        engine.release(name)
+
+    async def play_all(engine: EmbeddedEngine, name: str) -> None:
+        for episode in range(episodes_each):
+            await play(engine, f"{name}/{episode}")
+
+    rates = []
+    async with running(model, max_concurrent=NUM_EPISODES, context_length=128) as engine:
+        for _ in range(rounds):
+            tokens = 0
+            started = time.perf_counter()
+            await asyncio.gather(*(play_all(engine, str(i)) for i in range(NUM_EPISODES)))
+            seconds = time.perf_counter() - started
+            rates.append((NUM_EPISODES * episodes_each * TURNS / seconds, tokens / seconds))
+    return rates
+
+
+def versions_for_swaps(update_size: float) -> list[Qwen3ForCausalLM]:
+    """Return a model whose logits are far from uniform, and one more for each swap.
+
+    The matrices are drawn anew: a padding embedding of zeros would make the smallest change large.
+    """
+    model = build_tiny_model(hidden_size=64)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.1, generator=generator)
+        models = [model]
+        for _ in range(NUM_SWAPS):
+            models.append(copy.deepcopy(models[-1]))
+            for parameter in models[-1].parameters():
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.add_(noise * (update_size * parameter.norm() / noise.norm()))
+    return models
+
+
+async def swap_row(mode: Any, update_size: float) -> dict[str, Any]:
+    """Generate through all swaps; return throughput, stall and deviation."""
+    models = versions_for_swaps(update_size)
+    rng = random.Random(0)
+    prompts = [random_ids(rng, 8, vocab_size=64) for _ in range(NUM_SWAPPING)]
+    sampling = Sampling(max_tokens=SWAP_NEW_TOKENS)
+    async with running(
+        copy.deepcopy(models[0]),
+        max_concurrent=NUM_SWAPPING,
+        context_length=64,
+        kv_after_swap=mode,
+    ) as engine:
+        started = time.perf_counter()
+        tasks = [
+            asyncio.create_task(engine.generate(p, sampling, request_id=str(i)))
+            for i, p in enumerate(prompts)
+        ]
+        for version in range(1, NUM_SWAPS + 1):
+            # No reply ends before the last swap, so every step gives way exactly once.
+            for _ in range(SWAP_EVERY_STEPS):
+                await asyncio.sleep(0)
+            weights = {n: p.detach().clone() for n, p in models[version].named_parameters()}
+            await engine.load_weights(weights, policy_version=version)
+        generations = await asyncio.gather(*tasks)
+        seconds = time.perf_counter() - started
+        stats = engine.take_stats()
+    deviations = after_swap_deviations(models, prompts, generations)
+    return {
+        "kv_after_swap": mode,
+        "update_size": update_size,
+        "logprob_deviation_mean": float(deviations.mean()),
+        "logprob_deviation_max": float(deviations.max()),
+        "reprefilled_tokens": stats.reprefilled_tokens,
+        "stall_ms_per_swap": 1e3 * stats.swap_stall_s / stats.num_swaps,
+        "tokens_per_s": NUM_SWAPPING * SWAP_NEW_TOKENS / seconds,
+    }
+
+
+@torch.inference_mode()
+def after_swap_deviations(
+    models: list[Qwen3ForCausalLM], prompts: list[list[int]], generations: list[Generation]
+) -> torch.Tensor:
+    """Return the absolute logprob differences of all tokens sampled after the first swap."""
+    replies = torch.tensor([g.token_ids.tolist() for g in generations])
+    versions = torch.tensor([g.policy_versions.tolist() for g in generations])
+    logprobs = torch.tensor([g.logprobs.tolist() for g in generations])
+    contexts = torch.cat([torch.tensor(prompts), replies], dim=1)
+    parts = []
+    for version in range(1, NUM_SWAPS + 1):
+        logits = models[version](contexts).logits[:, len(prompts[0]) - 1 : -1]
+        expected = torch.log_softmax(logits, -1).gather(-1, replies.unsqueeze(-1)).squeeze(-1)
+        parts.append((expected - logprobs)[versions == version].abs())
+    return torch.cat(parts)
+
+
+def measure(*, quick: bool) -> dict[str, Any]:
+    rounds = 3 if quick else 8
+    long = LongReplies()
+    ours, baseline = [], []
+    for _ in range(rounds):
+        ours += long.ours(2)
+        baseline += long.baseline(1)
+    long.close()
+    short = asyncio.run(short_replies(2 * rounds, episodes_each=2))
+    swaps = [
+        asyncio.run(swap_row(mode, size)) for size in UPDATE_SIZES for mode in ("recompute", "keep")
+    ]
+    short_requests_per_s, short_tokens_per_s = max(short)
+    return {
+        "tokens_per_s": max(ours),
+        "baseline_tokens_per_s": max(baseline),
+        "speedup": max(ours) / max(baseline),
+        "short_requests_per_s": short_requests_per_s,
+        "short_tokens_per_s": short_tokens_per_s,
+        "swaps": swaps,
+    }
+
+
+def find_misses(figures: dict[str, Any]) -> list[str]:
+    targets = {
+        "tokens_per_s": TOKENS_PER_S_TARGET,
+        "speedup": SPEEDUP_TARGET,
+        "short_requests_per_s": SHORT_REQUESTS_PER_S_TARGET,
+    }
+    return [
+        f"{name} {figures[name]:.1f} is below {target}"
+        for name, target in targets.items()
+        if figures[name] < target
+    ]
+
+
+def print_table(figures: dict[str, Any]) -> None:
+    print(f"{'one core':<44}{'requests/s':>12}{'tokens/s':>12}")
+    for label, requests, tokens in (
+        ("64 concurrent, 32 + 128 tokens, width 128", None, figures["tokens_per_s"]),
+        ("  transformers continuous batching", None, figures["baseline_tokens_per_s"]),
+        (
+            "256 episodes, 2-4 tokens a reply, width 64",
+            figures["short_requests_per_s"],
+            figures["short_tokens_per_s"],
+        ),
+    ):
+        shown = "" if requests is None else f"{requests:,.0f}"
+        print(f"{label:<44}{shown:>12}{tokens:>12,.0f}")
+    print(
+        f"\n{'KV after swap':<15}{'update':>8}{'mean deviation':>16}{'max deviation':>15}"
+        f"{'re-prefilled':>14}{'ms/swap':>9}{'tokens/s':>10}"
+    )
+    for row in figures["swaps"]:
+        print(
+            f"{row['kv_after_swap']:<15}{row['update_size']:>8}"
+            f"{row['logprob_deviation_mean']:>16.1e}{row['logprob_deviation_max']:>15.1e}"
+            f"{row['reprefilled_tokens']:>14}{row['stall_ms_per_swap']:>9.2f}"
+            f"{row['tokens_per_s']:>10,.0f}"
+        )
+
+
+def main() -> None:
+    arguments = parse_args("Throughput of the embedded engine on one core.")
+    started = time.perf_counter()
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    torch.set_num_threads(1)
+    logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)
+    figures = measure(quick=arguments.quick)
+    print_table(figures)
+    misses = find_misses(figures)
+    finish("engine_throughput", figures, misses, started, arguments.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,357 @@
+"""From YAML files and dotted overrides to a checked configuration, with all errors at once.
+
+A file may name others under ``base:`` (one path or a list, relative to the file). Later layers win:
+bases in their order, then the file, then the overrides in theirs. A section is merged key by key;
+a value is replaced, ``environment.options`` as a whole unless an override names one of its keys.
+Nothing is read from the environment.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from skyrl_async.config import Config
+from skyrl_async.config_keys import (
+    FREE_KEYS,
+    KEYS,
+    SECTIONS,
+    choices,
+    default_of,
+    describe_config,
+    is_text,
+    keys_of,
+    limit,
+    show,
+    suggest,
+)
+from skyrl_async.config_yaml import KeyPath, dump, parse
+
+__all__ = ["ConfigError", "describe_config", "dump_config", "load_config"]
+
+COMMAND_LINE = "command line"
+_MAX_SHOWN_CHARS = 80
+
+
+class ConfigError(ValueError):
+    """The configuration cannot be used.
+
+    Attributes:
+        problems: one line each.
+    """
+
+    def __init__(self, problems: Iterable[str]) -> None:
+        self.problems = tuple(problems)
+        count = len(self.problems)
+        noun = "problem" if count == 1 else "problems"
+        super().__init__("\n".join((f"{count} {noun} in the configuration:", *self._lines())))
+
+    def _lines(self) -> Iterator[str]:
+        return (f"  {problem}" for problem in self.problems)
+
+
+def load_config(file: Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Return the configuration of a file, its bases and the overrides.
+
+    Args:
+        file: YAML; None starts from the defaults.
+        overrides: ``a.b=v``, ``--a.b=v`` or ``--a.b`` followed by ``v``; values are YAML.
+
+    Raises:
+        ConfigError: naming every problem that can be found in one go.
+    """
+    layers = _Layers()
+    if file is not None:
+        layers.read(file)
+    layers.apply(overrides)
+    return _validated(layers)
+
+
+def dump_config(config: Config) -> str:
+    """Return all values as YAML that :func:`load_config` reads back to an equal configuration."""
+    return dump(config.model_dump())
+
+
+@dataclass(slots=True)
+class _Layers:
+    """The values so far, where each came from, and what was wrong on the way.
+
+    Attributes:
+        values: nested as in the configuration; known keys only.
+        origins: dotted path -> ``file:line`` or ``command line``.
+        problems: one line each.
+        doubtful: dotted paths that were meant to be set, but could not be.
+        unreadable: a file is missing or broken, so values may be missing.
+    """
+
+    values: dict[str, Any] = field(default_factory=dict)
+    origins: dict[str, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    doubtful: set[str] = field(default_factory=set)
+    unreadable: bool = False
+
+    def read(self, file: Path, *, chain: tuple[Path, ...] = (), origin: str = "") -> None:
+        """Add the bases of a file, then the file."""
+        try:
+            resolved = file.resolve()
+            text = file.read_text(encoding="utf-8")
+        except (OSError, ValueError, RuntimeError) as error:
+            self._refuse_file(_explain_unreadable(file, error, origin=origin))
+            return
+        if resolved in chain:
+            names = " -> ".join(p.name for p in (*chain[chain.index(resolved) :], resolved))
+            self._refuse_file(f"base{origin}: {names} is a cycle; remove one of these bases")
+            return
+        document = parse(text)
+        self.problems += [
+            f"{file}:{p}" if p[0].isdigit() else f"{file}: {p}" for p in document.problems
+        ]
+        self.unreadable |= bool(document.problems)
+        data = {} if document.data is None else document.data
+        if not isinstance(data, dict):
+            self._refuse_file(
+                f"{file}: must hold a mapping of keys to values, such as 'seed: 1', but holds "
+                f"{_quote(data)}"
+            )
+            return
+        lines = {path: f"{file}:{line}" for path, line in document.lines.items()}
+        for base in self._bases(data.pop("base", None), lines.get(("base",), str(file))):
+            self.read(file.parent / base, chain=(*chain, resolved), origin=f" ({lines[('base',)]})")
+        self._merge(data, lines)
+
+    def _bases(self, value: Any, origin: str) -> list[str]:
+        bases = [] if value is None else value if isinstance(value, list) else [value]
+        if all(isinstance(base, str) and base for base in bases):
+            return bases
+        self._refuse_file(f"base={_quote(value)} ({origin}): must be a path or a list of paths")
+        return []
+
+    def _refuse_file(self, problem: str) -> None:
+        self.problems.append(problem)
+        self.unreadable = True
+
+    def _merge(self, data: Mapping[Any, Any], lines: Mapping[KeyPath, str]) -> None:
+        for name, value in data.items():
+            origin = lines[(str(name),)]
+            if name not in SECTIONS:
+                self.set((str(name),), value, origin)
+            elif isinstance(value, dict):
+                for key, inner in value.items():
+                    self.set((name, str(key)), inner, lines[(name, str(key))])
+            elif value is not None:  # a section whose keys are all commented out is fine
+                self.set((name,), value, origin)
+
+    def set(self, path: KeyPath, value: Any, origin: str) -> None:
+        """Set one value; an unknown key becomes a problem."""
+        dotted = ".".join(path)
+        if dotted in SECTIONS:
+            if not isinstance(value, dict):
+                example = f"{dotted}.{keys_of(dotted)[0]}"
+                self.doubtful.update(k for k in KEYS if k.startswith(f"{dotted}."))
+                self.problems.append(
+                    f"{dotted}={_quote(value)} ({origin}): {dotted} is a section; set its keys, "
+                    f"for example {example}={show(default_of(KEYS[example]))}"
+                )
+                return
+            for key, inner in value.items():
+                self.set((dotted, str(key)), inner, origin)
+        elif dotted in KEYS and not any("." in part for part in path):
+            self.origins[dotted] = origin
+            _assign(self.values, path, value)
+        elif dotted.startswith(f"{FREE_KEYS}.") and all(path):
+            self.origins.setdefault(FREE_KEYS, origin)
+            _assign(self.values, path, value)
+        else:
+            self.doubtful.update(suggest(dotted))
+            self.problems.append(f"{dotted}={_quote(value)} ({origin}): {_explain_unknown(path)}")
+
+    def apply(self, overrides: Sequence[str]) -> None:
+        """Apply overrides in their order."""
+        for key, text in self._split(overrides):
+            path = tuple(part.strip() for part in key.split("."))
+            dotted = ".".join(path)
+            if dotted == "base":
+                self.problems.append(
+                    f"base={text} ({COMMAND_LINE}): only files have bases; use --config {text}"
+                )
+                continue
+            document = parse(text)
+            value = document.data
+            if dotted in KEYS and is_text(KEYS[dotted]):
+                # A name such as 2024 needs no quotes on the command line.
+                value = value if isinstance(value, str | None) and not document.problems else text
+            elif document.problems:
+                self.doubtful.add(dotted)
+                reason = re.sub(r"^\d+: ", "", document.problems[0])
+                self.problems.append(f"{dotted}={_quote(text)} ({COMMAND_LINE}): {reason}")
+                continue
+            self.set(path, value, COMMAND_LINE)
+
+    def _split(self, overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
+        """Yield the keys and the texts of their values."""
+        rest = list(reversed(overrides))
+        while rest:
+            argument = rest.pop()
+            key, equals, text = argument.removeprefix("--").partition("=")
+            if equals and key.strip():
+                yield key.strip(), text
+            elif not argument.startswith("--") or equals:
+                self.problems.append(f"{argument} ({COMMAND_LINE}): {_explain_argument(argument)}")
+            elif rest and not rest[-1].startswith("--"):
+                yield key.strip(), rest.pop()
+            else:
+                self.doubtful.add(key)
+                self.problems.append(
+                    f"{argument} ({COMMAND_LINE}): has no value; write {argument}=VALUE"
+                )
+
+
+def _validated(layers: _Layers) -> Config:
+    """Return the configuration of the values.
+
+    Raises:
+        ConfigError: with the problems of the layers, of single values and across them.
+    """
+    try:
+        config = Config.model_validate(layers.values, strict=True)
+    except ValidationError as error:
+        problems, broken = _explain_validation(error.errors(), layers)
+        layers.problems += problems
+        if broken:
+            # What depends on several values is checked on the rest, with defaults for the broken.
+            layers.doubtful |= broken
+            for path in broken:
+                _remove(layers.values, path)
+            try:
+                Config.model_validate(layers.values, strict=True)
+            except ValidationError as second:
+                layers.problems += _explain_validation(second.errors(), layers)[0]
+    if layers.problems:
+        raise ConfigError(layers.problems)
+    return config
+
+
+def _explain_validation(
+    errors: Sequence[ErrorDetails], layers: _Layers
+) -> tuple[list[str], set[str]]:
+    """Return a line for each error, and the dotted paths of the values that are wrong alone."""
+    problems: list[str] = []
+    broken: set[str] = set()
+    for error in errors:
+        if not error["loc"]:
+            problems += _explain_across(str(error["ctx"]["error"]), layers)
+            continue
+        dotted = next(p for p in _prefixes(error["loc"]) if p in KEYS)
+        if dotted in broken:
+            continue
+        broken.add(dotted)
+        problems.append(_explain_value(dotted, error, layers))
+    return problems, broken
+
+
+def _explain_value(dotted: str, error: ErrorDetails, layers: _Layers) -> str:
+    known = KEYS[dotted]
+    origin = layers.origins[dotted]
+    value = error["input"]
+    if dotted == FREE_KEYS and len(error["loc"]) > 2:
+        return f"{dotted}: key {value!r} ({origin}): must be text; put it in quotes"
+    must = f"must be {limit(known)}"
+    close = difflib.get_close_matches(str(value).lower(), choices(known), n=1, cutoff=0.4)
+    if close:
+        must += f"; did you mean {close[0]}?"
+    elif isinstance(value, int | float) and limit(known).startswith("text"):
+        must += "; put it in quotes"
+    else:
+        must += f"; the default is {show(default_of(known))}"
+    return f"{dotted}={_quote(value)} ({origin}): {must}"
+
+
+def _explain_across(text: str, layers: _Layers) -> Iterator[str]:
+    """Yield the lines about several values, unless one of those is wrong or missing itself."""
+    for line in text.splitlines():
+        paths = [p for p in re.findall(r"([a-z_0-9.]+)=", line) if p in KEYS]
+        if layers.unreadable or layers.doubtful.intersection(paths):
+            continue
+        origins = (f"{p} from {layers.origins[p]}" for p in paths if p in layers.origins)
+        origin = ", ".join(dict.fromkeys(origins))
+        yield f"{line} ({origin})" if origin else line
+
+
+def _explain_unknown(path: KeyPath) -> str:
+    dotted = ".".join(path)
+    parents = [p for p in _prefixes(path[:-1]) if p in KEYS]
+    if parents:
+        return f"unknown key; {parents[0]} is a value, not a section: set {parents[0]} itself"
+    if dotted in KEYS:
+        section, _, key = dotted.rpartition(".")
+        return f"keys of a file are nested; write {{{section}: {{{key}: ...}}}}"
+    close = suggest(dotted)
+    if close:
+        kind = "section" if close[0] in SECTIONS else "key"
+        return f"unknown {kind}; did you mean {' or '.join(close)}?"
+    section = ".".join(path[:-1])
+    if section in SECTIONS:
+        return f"unknown key; {section} has {', '.join(keys_of(section))}"
+    return f"unknown key; at the top are {', '.join(keys_of(''))}"
+
+
+def _explain_argument(argument: str) -> str:
+    if argument.endswith((".yaml", ".yml")):
+        return f"not of the form key=value; for a file write --config {argument}"
+    close = suggest(argument.lstrip("-"))
+    key = close[0] if close else "staleness.max"
+    example = show(default_of(KEYS[key])) if key in KEYS else "..."
+    return f"not of the form key=value; write for example {key}={example}"
+
+
+def _explain_unreadable(file: Path, error: Exception, *, origin: str) -> str:
+    where = f"{file}{origin}"
+    if isinstance(error, UnicodeDecodeError):
+        return f"{where}: not UTF-8 text (byte {error.start}); is it a YAML file?"
+    if isinstance(error, IsADirectoryError):
+        return f"{where}: is a folder; name a YAML file in it"
+    if not isinstance(error, FileNotFoundError):
+        return f"{where}: cannot be read: {getattr(error, 'strerror', None) or error}"
+    if not file.parent.is_dir():
+        return f"{where}: no such file, and no folder {file.parent}"
+    there = {p.stem: p for p in sorted(file.parent.iterdir()) if p.suffix in (".yaml", ".yml")}
+    close = difflib.get_close_matches(file.stem, there, n=1)
+    if close:
+        return f"{where}: no such file; did you mean {there[close[0]]}?"
+    names = ", ".join(p.name for p in there.values())
+    found = f"YAML files there: {names}" if names else "no YAML file is there"
+    return f"{where}: no such file; {found}"
+
+
+def _prefixes(path: Sequence[Any]) -> Iterator[str]:
+    """Yield the dotted prefixes of a path, longest first."""
+    for length in range(len(path), 0, -1):
+        yield ".".join(map(str, path[:length]))
+
+
+def _assign(values: dict[str, Any], path: KeyPath, value: Any) -> None:
+    """Set a value in nested mappings; those on the way are copied, for aliases may share them."""
+    for part in path[:-1]:
+        inner = values.get(part)
+        values[part] = dict(inner) if isinstance(inner, dict) else {}
+        values = values[part]
+    values[path[-1]] = value
+
+
+def _remove(values: dict[str, Any], dotted: str) -> None:
+    *sections, key = dotted.split(".")
+    for part in sections:
+        values = values[part]
+    del values[key]
+
+
+def _quote(value: Any) -> str:
+    text = repr(value) if isinstance(value, str) else show(value)
+    return text if len(text) <= _MAX_SHOWN_CHARS else f"{text[:_MAX_SHOWN_CHARS]}..."

@@ -1,0 +1,183 @@
+"""What is checked and shown before a run: everything that needs no process to be started."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from skyrl_async.config import Config
+from skyrl_async.config_keys import show
+from skyrl_async.coordination.staleness import max_admitted
+from skyrl_async.model_folder import ModelShape, is_hub_name, read_model_folder
+from skyrl_async.run_folder import DEFAULT_ROOT, check_run_folder
+
+_DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+_BUILT_IN_VOCABULARY = 64
+
+
+def find_problems(config: Config, *, root: Path = DEFAULT_ROOT) -> list[str]:
+    """Return one line for everything that would keep the run from starting.
+
+    The environment's module is imported and one environment is made; the run's folder is not.
+
+    Args:
+        config: of the run.
+        root: where run folders without a name of their own go.
+    """
+
+    def environment() -> None:
+        # Gymnasium takes a while to import, so only a valid configuration pays for it.
+        from skyrl_async.environments.registry import check_environment
+
+        check_environment(config.environment.name, config.environment.options)
+
+    checks: tuple[tuple[str, Callable[[], object]], ...] = (
+        (f"environment.name={config.environment.name}: ", environment),
+        (f"model.path={config.model.path}: ", lambda: _check_model(config)),
+        ("", lambda: check_run_folder(config, root=root)),
+    )
+    problems = []
+    for prefix, check in checks:
+        try:
+            check()
+        except ValueError as error:
+            problems.append(f"{prefix}{error}")
+    return problems
+
+
+def describe_run(config: Config, *, root: Path = DEFAULT_ROOT) -> str:
+    """Return what the run will do, with its sizes, in a few lines.
+
+    Raises:
+        ValueError: if the model's folder cannot be read; see :func:`find_problems`.
+    """
+    lines = (
+        ("run folder", config.run.dir or f"{root / config.run.name}-<time>"),
+        ("training", _training(config)),
+        ("environment", _environment(config)),
+        ("policy", _policy(config)),
+        ("workers", _workers(config)),
+        ("staleness", _staleness(config)),
+        ("memory", _memory(config)),
+    )
+    return "\n".join(f"{name:<13}{text}" for name, text in lines)
+
+
+def _check_model(config: Config) -> None:
+    shape = _model_shape(config)
+    context = config.engine.context_length
+    if shape.max_positions is not None and context > shape.max_positions:
+        raise ValueError(
+            f"engine.context_length={context} is more than the model's {shape.max_positions} "
+            "positions; lower it"
+        )
+
+
+def _model_shape(config: Config) -> ModelShape:
+    """Return the sizes of the policy; unknown for a model that is still on the hub."""
+    model = config.model
+    if model.path is not None:
+        return ModelShape() if is_hub_name(model.path) else read_model_folder(model.path)
+    width, head = model.hidden_size, model.hidden_size // model.num_heads
+    attention = 3 * width * width + 2 * head
+    layer = attention + 6 * width * width + 2 * width
+    return ModelShape(
+        num_parameters=2 * _BUILT_IN_VOCABULARY * width + model.num_layers * layer + width,
+        num_layers=model.num_layers,
+        kv_width=width // 2,
+    )
+
+
+def _training(config: Config) -> str:
+    learner, group_size = config.learner, config.rollout.group_size
+    text = (
+        f"{config.run.steps} steps of {learner.groups_per_step} groups x {group_size} = "
+        f"{learner.groups_per_step * group_size} trajectories, "
+        f"{learner.num_minibatches * learner.num_epochs} optimizer steps each"
+    )
+    stops = (
+        ("run.max_seconds", config.run.max_seconds),
+        ("run.stop_at_eval_reward", config.run.stop_at_eval_reward),
+    )
+    given = [f"{key}={show(value)}" for key, value in stops if value is not None]
+    return text + (f"; stops early at {', '.join(given)}" if given else "")
+
+
+def _environment(config: Config) -> str:
+    environment = config.environment
+    options = ", ".join(f"{key}={value!r}" for key, value in environment.options.items())
+    place = (
+        "inside the actor"
+        if environment.in_process
+        else f"{environment.num_processes} subprocesses per actor"
+    )
+    return f"{environment.name}({options}), at most {environment.max_turns} turns, {place}"
+
+
+def _policy(config: Config) -> str:
+    count = _model_shape(config).num_parameters
+    size = "size unknown" if count is None else f"{count / 1e6:.3g} M parameters"
+    path = config.model.path
+    name = "built-in" if path is None else path
+    checked = " (on the hub, not checked)" if path is not None and is_hub_name(path) else ""
+    return f"{name}{checked}, {size}, {config.model.dtype}"
+
+
+def _workers(config: Config) -> str:
+    ranks, actors = config.learner.num_ranks, config.rollout.num_actors
+    counts = (
+        f"{_count(ranks, 'learner rank')}, {_count(actors, 'rollout actor')} with "
+        f"{config.engine.max_concurrent} sequences at once"
+    )
+    if config.runtime == "local":
+        return f"in this process: {counts}"
+    address = config.cluster.address
+    place = "a local Ray" if address is None else f"Ray at {address}"
+    cpus = config.cluster.learner_cpus * ranks + config.cluster.actor_cpus * actors
+    return f"on {place}: {counts}; {cpus:g} CPUs reserved"
+
+
+def _staleness(config: Config) -> str:
+    return (
+        f"at most {_count(config.staleness.max, 'version')}, rule {config.staleness.rule}; at most "
+        f"{_max_admitted(config)} groups admitted and not released"
+    )
+
+
+def _max_admitted(config: Config) -> int:
+    return max_admitted(
+        groups_per_step=config.learner.groups_per_step,
+        max_staleness=config.staleness.max,
+        max_times_sampled=config.replay.max_times_sampled,
+    )
+
+
+def _memory(config: Config) -> str:
+    return "about " + ", ".join(_memory_parts(config)) + "; activations and libraries come on top"
+
+
+def _memory_parts(config: Config) -> Iterator[str]:
+    shape, size = _model_shape(config), _DTYPE_BYTES[config.model.dtype]
+    if shape.num_parameters is not None:
+        # Weights, gradients and the two moments of AdamW.
+        yield f"{_bytes(4 * size * shape.num_parameters)} per learner rank"
+        # The weights in use, those of the next version, and those of an evaluation.
+        yield f"{_bytes(3 * size * shape.num_parameters)} of weights per actor"
+    if shape.num_layers is not None and shape.kv_width is not None:
+        tokens = config.engine.max_concurrent * config.engine.context_length
+        cache = 2 * size * shape.num_layers * shape.kv_width * tokens
+        yield f"up to {_bytes(cache)} of KV cache per actor"
+    groups = _max_admitted(config) * config.largest_group_bytes
+    yield f"up to {_bytes(min(groups, config.replay.capacity_bytes))} of trajectories"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _bytes(number: float) -> str:
+    for unit in ("bytes", "KiB", "MiB"):
+        if number < 1024:
+            return f"{number:.4g} {unit}"
+        number /= 1024
+    return f"{number:.4g} GiB"

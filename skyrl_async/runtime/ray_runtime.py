@@ -1,0 +1,229 @@
+"""The run as Ray actors, on this machine or on the nodes of a cluster."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.exceptions
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from skyrl_async.config import Config
+from skyrl_async.runtime.learner_worker import LearnerWorker
+from skyrl_async.runtime.rollout_worker import RolloutWorker, engine_name
+from skyrl_async.types import (
+    Assignment,
+    EvaluationResult,
+    RolloutReport,
+    SampledBatch,
+    StepResult,
+    Task,
+)
+
+
+class RayRolloutActor(RolloutWorker):
+    """The Ray actor around a rollout worker: an asyncio actor, whose methods interleave."""
+
+    async def where(self) -> dict[str, Any]:
+        """Load everything; return where this actor runs."""
+        return {**await self.start(), "node": ray.get_runtime_context().get_node_id()}
+
+
+class RayLearnerRank(LearnerWorker):
+    """The Ray actor around a learner rank."""
+
+    def where(self) -> dict[str, Any]:
+        """Load everything; return where this actor runs."""
+        return {**self.start(), "node": ray.get_runtime_context().get_node_id()}
+
+    def address(self) -> str:
+        """Return the address of this actor's node, as other nodes reach it."""
+        return ray.util.get_node_ip_address()
+
+    def set_store(self, address: tuple[str, int]) -> None:
+        """Tell where the learner group's store is, before ``where``."""
+        self._store_address = address
+
+    def free_port(self) -> int:
+        """Return a port of this actor's node that is free now."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return int(probe.getsockname()[1])
+
+
+class RemoteRollout:
+    """A rollout actor as the coordinator sees it."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+
+    async def submit(self, assignments: Sequence[Assignment]) -> None:
+        """Start to play."""
+        await _answer(self._handle.submit.remote(list(assignments)))
+
+    async def poll(self, *, wait_s: float) -> RolloutReport:
+        """Return what happened since the last report."""
+        return await _answer(self._handle.poll.remote(wait_s=wait_s))
+
+    async def evaluate(self, tasks: Sequence[Task]) -> EvaluationResult:
+        """Play greedily with the weights that its engine has now."""
+        return await _answer(self._handle.evaluate.remote(tasks))
+
+
+class RemoteLearner:
+    """All learner ranks as the coordinator sees them."""
+
+    def __init__(self, handles: Sequence[Any]) -> None:
+        self._handles = handles
+
+    async def step(self, batch: SampledBatch) -> StepResult:
+        """Train on a batch, on all ranks."""
+        shared = ray.put(batch) if len(self._handles) > 1 else batch
+        calls = [handle.step.remote(shared) for handle in self._handles]
+        results = await asyncio.gather(*(_answer(call) for call in calls))
+        return results[0]
+
+    async def save_policy(self, folder: Path) -> None:
+        """Write the policy in Hugging Face format."""
+        await _answer(self._handles[0].save_policy.remote(folder))
+
+
+class RayRuntime:
+    """Builds all workers as Ray actors; see :class:`skyrl_async.run.Runtime`.
+
+    Args:
+        config: of the run.
+        folder: of the run; on a cluster it must be shared by all nodes.
+    """
+
+    def __init__(self, config: Config, *, folder: Path) -> None:
+        self._config = config
+        self._folder = folder
+        self._learners: list[Any] = []
+        self._actors: dict[str, Any] = {}
+        self.learner: RemoteLearner
+        self.rollouts: Mapping[str, RemoteRollout] = {}
+
+    async def start(self, status: Callable[[str], None]) -> Mapping[str, Any]:
+        """Start Ray and all actors and connect the engines; return where each worker runs.
+
+        Raises:
+            TimeoutError: if the workers are not ready within ``cluster.startup_timeout_s``.
+        """
+        config = self._config
+        remote = config.cluster.address is not None
+        status(f"connecting to Ray at {config.cluster.address}" if remote else "starting Ray")
+        await asyncio.to_thread(self._init_ray)
+        status("starting workers, loading torch and the policy")
+        self._create_actors()
+        self.learner = RemoteLearner(self._learners)
+        self.rollouts = {name: RemoteRollout(handle) for name, handle in self._actors.items()}
+        try:
+            async with asyncio.timeout(config.cluster.startup_timeout_s):
+                return await self._start_workers(status)
+        except TimeoutError:
+            raise TimeoutError(
+                f"the workers were not ready after cluster.startup_timeout_s="
+                f"{config.cluster.startup_timeout_s:g} s; Ray has {ray.available_resources()} free "
+                f"of {ray.cluster_resources()}"
+            ) from None
+
+    async def close(self) -> None:
+        """Stop all workers; leave a cluster that others started, end one that this run started."""
+        closing = [h.close.remote() for h in (*self._actors.values(), *self._learners)]
+        if closing:
+            await asyncio.to_thread(ray.wait, closing, num_returns=len(closing), timeout=1.5)
+        for handle in (*self._actors.values(), *self._learners):
+            ray.kill(handle)
+        await asyncio.to_thread(ray.shutdown)
+
+    def _init_ray(self) -> None:
+        config = self._config
+        common: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+        if config.cluster.address is not None:
+            ray.init(address=config.cluster.address, **common)
+            return
+        needed = (
+            config.cluster.learner_cpus * config.learner.num_ranks
+            + config.cluster.actor_cpus * config.rollout.num_actors
+        )
+        os.environ.setdefault("RAY_DISABLE_IMPORT_WARNING", "1")
+        ray.init(
+            num_cpus=max(int(needed + 0.999), os.cpu_count() or 1),
+            include_dashboard=False,
+            _node_ip_address="127.0.0.1",
+            object_store_memory=256 << 20,
+            **common,
+        )
+
+    def _create_actors(self) -> None:
+        config = self._config
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        learner_class = ray.remote(RayLearnerRank).options(
+            num_cpus=config.cluster.learner_cpus, scheduling_strategy=here
+        )
+        self._learners = [
+            learner_class.remote(config, rank=rank) for rank in range(config.learner.num_ranks)
+        ]
+        spread = config.cluster.address is not None and config.cluster.spread
+        actor_class = ray.remote(RayRolloutActor).options(
+            num_cpus=config.cluster.actor_cpus,
+            max_concurrency=1000,
+            scheduling_strategy="SPREAD" if spread else "DEFAULT",
+        )
+        for index in range(config.rollout.num_actors):
+            self._actors[engine_name(index)] = actor_class.remote(config, index=index)
+
+    async def _start_workers(self, status: Callable[[str], None]) -> Mapping[str, Any]:
+        host = await self._bind_address()
+        if len(self._learners) > 1:
+            address = (host, await _answer(self._learners[0].free_port.remote()))
+            await asyncio.gather(*(_answer(h.set_store.remote(address)) for h in self._learners))
+        named = {f"learner {rank}": handle for rank, handle in enumerate(self._learners)}
+        named.update(self._actors)
+        places = await asyncio.gather(
+            *(_named_answer(name, handle.where.remote()) for name, handle in named.items())
+        )
+        status("connecting the engines to the publisher")
+        addresses = await _answer(
+            self._learners[0].open_publisher.remote(
+                list(self._actors), host=host, folder=self._folder / "weights"
+            )
+        )
+        await asyncio.gather(
+            *(_answer(h.connect.remote(addresses[name])) for name, h in self._actors.items())
+        )
+        return dict(zip(named, places, strict=True))
+
+    async def _bind_address(self) -> str:
+        """Return loopback for a cluster of this machine alone, else the learner's node address."""
+        if self._config.cluster.address is None:
+            return "127.0.0.1"
+        return await _answer(self._learners[0].address.remote())
+
+
+async def _answer(reference: Any) -> Any:
+    """Await a Ray call; errors keep their own type and one line of text."""
+    try:
+        return await reference
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause if isinstance(error.cause, Exception) else error from None
+    except ray.exceptions.RayActorError as error:
+        raise RuntimeError(f"its process died: {_first_line(error)}") from None
+
+
+async def _named_answer(name: str, reference: Awaitable[Any]) -> Any:
+    try:
+        return await _answer(reference)
+    except Exception as error:
+        raise RuntimeError(f"{name} did not start: {error}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

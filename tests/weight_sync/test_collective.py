@@ -1,0 +1,428 @@
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from skyrl_async.weight_sync.collective import CollectiveReceiver, CollectiveSender, host_store
+from skyrl_async.weight_sync.control_channel import MAX_MESSAGE_BYTES, ControlChannel
+from skyrl_async.weight_sync.layout import WeightLayout
+from skyrl_async.weight_sync.snapshot import SnapshotPool
+from skyrl_async.weight_sync.transport import (
+    EngineLost,
+    LearnerLost,
+    TransferRejected,
+    encode_manifest,
+)
+from tests.weight_sync.peers import (
+    HandDrivenEngine,
+    HandDrivenLearner,
+    Pair,
+    Parameters,
+    assert_same_bits,
+    in_thread,
+    make_parameters,
+    soon,
+)
+
+
+def send(pair: Pair, policy_version: int) -> None:
+    snapshot = pair.pool.take(policy_version)
+    try:
+        pair.sender.send(snapshot, deadline=soon())
+    finally:
+        snapshot.release()
+
+
+def test_engine_runs_the_bits_of_each_snapshot(store: dist.TCPStore) -> None:
+    parameters = make_parameters()
+    with Pair(store, parameters) as pair:
+        for version in (0, 1, 2, 7):
+            expected = {}
+            for name, tensor in parameters:
+                tensor.add_(version + 1)
+                expected[name] = tensor.clone()
+            snapshot = pair.pool.take(version)
+            for _, tensor in parameters:
+                tensor.mul_(3)  # Training goes on while the version travels.
+            report = pair.sender.send(snapshot, deadline=soon())
+            snapshot.release()
+            assert report.size_bytes == snapshot.layout.size_bytes
+            assert_same_bits(pair.engine.live, expected)
+        assert pair.engine.loaded == [0, 1, 2, 7]
+        pair.receiver.check()
+
+
+def test_live_weights_stay_untouched_while_later_versions_arrive(store: dist.TCPStore) -> None:
+    parameters = make_parameters()
+    with Pair(store, parameters) as pair:
+        for version in range(6):
+            before = pair.engine.live
+            kept = {name: tensor.clone() for name, tensor in before.items()}
+            seen_at_swap: list[bool] = []
+
+            def compare(
+                _: int, before: object = before, kept: dict = kept, seen: list = seen_at_swap
+            ) -> None:
+                assert_same_bits(before, kept)  # type: ignore[arg-type]
+                seen.append(True)
+
+            pair.engine.before_load = compare
+            for _, tensor in parameters:
+                tensor.add_(1)
+            send(pair, version)
+            assert seen_at_swap == [True]
+
+
+def flip_a_bit(flat: torch.Tensor) -> None:
+    flat[12_345] ^= 4
+
+
+def swap_two_buckets(flat: torch.Tensor) -> None:
+    first, second = flat[: 1 << 16].clone(), flat[1 << 16 : 2 << 16].clone()
+    flat[: 1 << 16], flat[1 << 16 : 2 << 16] = second, first
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, swap_two_buckets])
+def test_damaged_bytes_leave_the_old_version_and_a_retry_succeeds(
+    store: dist.TCPStore, damage: Callable[[torch.Tensor], None]
+) -> None:
+    with Pair(store, make_parameters()) as pair:
+        send(pair, 1)
+        old = {name: tensor.clone() for name, tensor in pair.engine.live.items()}
+        snapshot = pair.pool.take(2)
+        intact = snapshot.flat.clone()
+        snapshot.manifest()
+        damage(snapshot.flat)
+        with pytest.raises(TransferRejected, match="damaged on its way") as caught:
+            pair.sender.send(snapshot, deadline=soon())
+        assert caught.value.retryable and pair.engine.loaded == [1]
+        assert_same_bits(pair.engine.live, old)
+        snapshot.flat.copy_(intact)
+        pair.sender.send(snapshot, deadline=soon())
+        assert pair.engine.loaded == [1, 2]
+        pair.receiver.check()
+
+
+def renamed(parameters: Parameters) -> Parameters:
+    return [("other.weight", parameters[0][1]), *parameters[1:]]
+
+
+def reshaped(parameters: Parameters) -> Parameters:
+    return [(parameters[0][0], parameters[0][1].view(10, -1)), *parameters[1:]]
+
+
+def retyped(parameters: Parameters) -> Parameters:
+    return [(parameters[0][0], parameters[0][1].to(torch.float16)), *parameters[1:]]
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (lambda parameters: parameters[1:], "names differ"),
+        (lambda parameters: parameters[:-1], "4 tensors instead of 5"),
+        (renamed, "'other.weight' instead of 'embed.weight'"),
+        (reshaped, "shapes differ"),
+        (retyped, "dtypes differ"),
+    ],
+)
+def test_other_layout_is_refused_before_any_byte(
+    store: dist.TCPStore, change: Callable[[Parameters], Parameters], reason: str
+) -> None:
+    parameters = make_parameters()
+    with Pair(store, parameters) as pair:
+        other = SnapshotPool(change(parameters)).take(1)
+        with pytest.raises(TransferRejected, match=reason) as caught:
+            pair.sender.send(other, deadline=soon())
+        assert not caught.value.retryable
+        send(pair, 1)
+        assert pair.engine.loaded == [1]
+
+
+def test_old_and_duplicate_versions_are_refused_and_a_jump_is_not(store: dist.TCPStore) -> None:
+    with Pair(store, make_parameters()) as pair:
+        send(pair, 5)
+        for version in (5, 4, 0):
+            with pytest.raises(TransferRejected, match="is not above 5"):
+                send(pair, version)
+        send(pair, 1_000_000)
+        assert pair.engine.loaded == [5, 1_000_000]
+
+
+def test_failed_load_is_reported_and_may_be_tried_again(store: dist.TCPStore) -> None:
+    with Pair(store, make_parameters()) as pair:
+        send(pair, 1)
+
+        def fail(policy_version: int) -> None:
+            raise ValueError("no such parameter")
+
+        pair.engine.before_load = fail
+        with pytest.raises(TransferRejected, match="no such parameter") as caught:
+            send(pair, 2)
+        assert caught.value.retryable
+        pair.engine.before_load = lambda policy_version: None
+        send(pair, 2)
+        assert pair.engine.loaded == [1, 2]
+
+
+def test_load_that_times_out_ends_the_receiver(store: dist.TCPStore) -> None:
+    with Pair(store, make_parameters()) as pair:
+
+        def hang(policy_version: int) -> None:
+            raise TimeoutError("the engine did not swap in 30 s")
+
+        pair.engine.before_load = hang
+        with pytest.raises(EngineLost, match="closed the connection"):
+            send(pair, 1)
+        assert str(pair.ends.get(timeout=5)) == "the engine did not swap in 30 s"
+        with pytest.raises(RuntimeError, match="did not swap"):
+            pair.receiver.check()
+
+
+def test_transfer_that_stops_half_way_is_retryable_in_a_new_group(store: dist.TCPStore) -> None:
+    snapshot = SnapshotPool(make_parameters()).take(1)
+    learner = HandDrivenLearner(store)
+    receiver = CollectiveReceiver(learner.address, expected=snapshot.layout)
+    announcement = {
+        "manifest": encode_manifest(snapshot.manifest()),
+        "bucket_bytes": 1 << 16,
+        "group_number": 1,
+        "remaining_s": 5.0,
+    }
+    buckets = snapshot.flat.split(1 << 16)
+
+    receiving = in_thread(lambda: receiver.receive(5.0))
+    learner.accept()
+    assert learner.ask(announcement)["error"] is None
+    group = learner.join(1)
+    group.broadcast(buckets[:2], deadline=soon())
+    group.interrupt()
+    answer = learner.channel.receive(deadline=soon())
+    assert "incomplete" in answer["error"] and answer["retryable"]
+    assert receiving()[0] is None
+
+    receiving = in_thread(lambda: receiver.receive(5.0))
+    assert learner.ask(announcement | {"group_number": 2})["error"] is None
+    learner.join(2).broadcast(buckets, deadline=soon())
+    staged, _ = receiving()
+    assert staged.policy_version == 1
+    assert_same_bits(staged.weights, dict(snapshot.tensors))
+    receiver.close()
+    learner.channel.close()
+
+
+def test_truncated_last_bucket_is_never_loaded(store: dist.TCPStore) -> None:
+    snapshot = SnapshotPool(make_parameters()).take(1)
+    learner = HandDrivenLearner(store)
+    receiver = CollectiveReceiver(learner.address, expected=snapshot.layout)
+    receiving = in_thread(lambda: receiver.receive(5.0))
+    learner.accept()
+    announcement = {
+        "manifest": encode_manifest(snapshot.manifest()),
+        "bucket_bytes": 1 << 16,
+        "group_number": 1,
+        "remaining_s": 0.5,
+    }
+    assert learner.ask(announcement)["error"] is None
+    buckets = list(snapshot.flat.split(1 << 16))
+    buckets[-1] = buckets[-1][:-64].clone()
+    group = learner.join(1)
+    in_thread(lambda: group.broadcast(buckets, deadline=soon(0.5)))()
+    answer = learner.channel.receive(deadline=soon())
+    assert answer["error"] is not None and answer["retryable"]
+    assert receiving()[0] is None
+    receiver.close()
+    learner.channel.close()
+
+
+def test_malformed_announcements_are_answered_and_survived(store: dist.TCPStore) -> None:
+    snapshot = SnapshotPool(make_parameters()).take(1)
+    good = {
+        "manifest": encode_manifest(snapshot.manifest()),
+        "bucket_bytes": 1 << 16,
+        "group_number": 1,
+        "remaining_s": 5.0,
+    }
+    bad = [
+        {},
+        good | {"manifest": "{}"},
+        good | {"manifest": None},
+        good | {"bucket_bytes": 0},
+        good | {"bucket_bytes": 1.5},
+        good | {"group_number": True},
+        good | {"remaining_s": float("nan")},
+        good | {"remaining_s": -1},
+        good | {"remaining_s": "5"},
+    ]
+    learner = HandDrivenLearner(store)
+    receiver = CollectiveReceiver(learner.address, expected=snapshot.layout)
+
+    def receive_all() -> list:
+        return [receiver.receive(5.0) for _ in bad]
+
+    receiving = in_thread(receive_all)
+    learner.accept()
+    for message in bad:
+        answer = learner.ask(message)
+        assert "malformed" in answer["error"] and not answer["retryable"], message
+    assert receiving()[0] == [None] * len(bad)
+    receiver.close()
+    learner.channel.close()
+
+
+def test_peer_that_sends_no_messages_ends_the_pair(store: dist.TCPStore) -> None:
+    for garbage in (b"\xff" * 64, b"\0\0\0\2[]", b"\0\0\0\1{"):
+        learner = HandDrivenLearner(store)
+        receiver = CollectiveReceiver(
+            learner.address, expected=WeightLayout.of(make_parameters()), policy_version=3
+        )
+        receiving = in_thread(lambda receiver=receiver: receiver.receive(5.0))
+        learner.accept()
+        learner.channel._connection.sendall(garbage)
+        assert isinstance(receiving()[0], LearnerLost)
+        learner.channel.close()
+    assert MAX_MESSAGE_BYTES < 0xFFFFFFFF
+
+
+def test_stranger_cannot_take_the_place_of_the_engine(store: dist.TCPStore) -> None:
+    parameters = make_parameters()
+    pool = SnapshotPool(parameters)
+    sender = CollectiveSender("engine-0", store=store)
+    stranger = HandDrivenEngine(sender.address, pair_id="guess")
+    silent = ControlChannel.connect("127.0.0.1", sender.address.control_port, deadline=soon())
+    with_engine = in_thread(lambda: sender.send(pool.take(1), deadline=soon()))
+    with pytest.raises(OSError):
+        stranger.channel.receive(deadline=soon())
+    silent.close()
+    engine = HandDrivenEngine(sender.address)
+    assert "manifest" in engine.channel.receive(deadline=soon())
+    sender.close()
+    assert isinstance(with_engine()[0], EngineLost)
+    engine.channel.close()
+
+
+@pytest.mark.parametrize("state", ["connect", "answer", "broadcast", "acknowledgement"])
+@pytest.mark.parametrize("end", ["deadline", "close"])
+def test_sender_gives_up_a_silent_engine_in_time(
+    store: dist.TCPStore, state: str, end: str
+) -> None:
+    # More than the buffers of a loopback connection, so that a broadcast really blocks.
+    pool = SnapshotPool([("weight", torch.ones(8 << 20))])
+    sender = CollectiveSender("engine-0", store=store, bucket_bytes=16 << 20)
+    timeout_s = 0.5 if end == "deadline" else 30.0
+    snapshot = pool.take(1)
+    snapshot.manifest()
+    deadline = soon(timeout_s)
+    sending = in_thread(lambda: sender.send(snapshot, deadline=deadline))
+    group = engine = None
+    if state != "connect":
+        engine = HandDrivenEngine(sender.address)
+        announcement = engine.channel.receive(deadline=soon())
+        if state != "answer":
+            group = engine.join(announcement)
+        if state == "acknowledgement":
+            received = torch.empty_like(snapshot.flat)
+            group.broadcast(received.split(16 << 20), deadline=soon())
+            assert torch.equal(received, snapshot.flat)
+    if end == "close":
+        deadline = time.monotonic()
+        sender.close()
+    error, ended = sending()
+    assert isinstance(error, EngineLost) and "'engine-0'" in str(error)
+    assert -0.05 < ended - deadline < 0.7
+    if engine is not None:
+        engine.channel.close()
+
+
+@pytest.mark.parametrize("state", ["idle", "broadcast"])
+def test_receiver_closes_at_once_in_every_state(store: dist.TCPStore, state: str) -> None:
+    snapshot = SnapshotPool(make_parameters()).take(1)
+    learner = HandDrivenLearner(store)
+    receiver = CollectiveReceiver(learner.address, expected=snapshot.layout)
+    receiving = in_thread(lambda: receiver.receive(30.0))
+    learner.accept()
+    group = None
+    if state == "broadcast":
+        announcement = {
+            "manifest": encode_manifest(snapshot.manifest()),
+            "bucket_bytes": 1 << 16,
+            "group_number": 1,
+            "remaining_s": 30.0,
+        }
+        assert learner.ask(announcement)["error"] is None
+        group = learner.join(1)
+        group.broadcast(snapshot.flat.split(1 << 16)[:1], deadline=soon())
+    started = time.monotonic()
+    receiver.close()
+    error, ended = receiving()
+    assert isinstance(error, LearnerLost)
+    assert ended - started < 0.7
+    learner.channel.close()
+
+
+def test_idle_receiver_notices_at_once_that_its_sender_left(store: dist.TCPStore) -> None:
+    with Pair(store, make_parameters()) as pair:
+        send(pair, 1)
+        started = time.monotonic()
+        pair.sender.close()
+        assert isinstance(pair.ends.get(timeout=5), LearnerLost)
+        assert time.monotonic() - started < 0.7
+        with pytest.raises(RuntimeError, match="weight receiver ended: the learner is lost"):
+            pair.receiver.check()
+        assert pair.engine.policy_version == 1
+
+
+def test_only_loopback_is_listened_on() -> None:
+    store = host_store()
+    with Pair(store, make_parameters()) as pair:
+        before_connection = _listeners()
+        assert pair.sender.address.control_port in {port for _, port in before_connection}
+        send(pair, 1)
+        listeners = _listeners()
+    assert store.port in {port for _, port in listeners}
+    assert {address for address, _ in before_connection | listeners} == {"127.0.0.1"}
+
+
+def _listeners() -> set[tuple[str, int]]:
+    """Addresses and ports on which this process listens, from /proc."""
+    inodes = set()
+    for descriptor in os.listdir("/proc/self/fd"):
+        try:
+            inodes.add(os.readlink(f"/proc/self/fd/{descriptor}"))
+        except OSError:
+            continue
+    found = set()
+    for table in ("tcp", "tcp6"):
+        with open(f"/proc/self/net/{table}") as lines:
+            for line in list(lines)[1:]:
+                fields = line.split()
+                if fields[3] == "0A" and f"socket:[{fields[9]}]" in inodes:
+                    address, port = fields[1].split(":")
+                    octets = [str(byte) for byte in bytes.fromhex(address)[::-1]]
+                    found.add((".".join(octets), int(port, 16)))
+    return found
+
+
+def test_native_threads_end_with_the_pair() -> None:
+    code = """
+import os, threading
+from skyrl_async.weight_sync.collective import host_store
+from tests.weight_sync.peers import Pair, make_parameters, soon
+def tasks(): return len(os.listdir("/proc/self/task"))
+store = host_store()
+before = tasks()
+for _ in range(3):
+    with Pair(store, make_parameters()) as pair:
+        pair.sender.send(pair.pool.take(1), deadline=soon())
+        assert tasks() > before
+    del pair
+assert tasks() == before, (tasks(), before)
+assert threading.active_count() == 1
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
