@@ -301,7 +301,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="also write the JSON object to this file")
     args = parser.parse_args()
     bounds = (0, 1, 2, 4, 8)
-    tokens = 100_000 if args.quick else 1_000_000
+    tokens = 100_000 if args.quick else 400_000
     sizes = (1,) if args.quick else (1, 8)
 
     started = time.perf_counter()

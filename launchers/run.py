@@ -25,7 +25,8 @@ usage: python launchers/run.py [--config FILE] [key=value ...] [options]
 Trains a policy and leaves the run's folder behind. Without arguments: the built-in policy learns a
 guessing game on this machine's CPU.
 
-  --config FILE   YAML; its `base:` names files that it builds on (default: {default})
+  --config FILE   YAML; its `base:` names files that it builds on; without it
+                  {default}
   key=value       overrides, for example staleness.max=0 or runtime=local; also --key value
   --dry-run       check everything that needs no process to be started, and say what would run
   --print-config  print the resolved configuration as YAML and stop

@@ -30,6 +30,7 @@ from skyrl_async.metrics.sinks import JsonlSink, TensorBoardSink
 from skyrl_async.replay.buffer import ReplayBuffer
 from skyrl_async.replay.selectors import fifo, uniform
 from skyrl_async.run_folder import RunFolder
+from skyrl_async.types import EvaluationResult
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +82,24 @@ def train(config: Config, folder: RunFolder) -> int:
         run_dir=folder.path,
     )
     return asyncio.run(_Run(config, folder, console).run())
+
+
+async def evaluate(config: Config) -> EvaluationResult:
+    """Play the held-out tasks greedily with the policy of ``model.path``, in this process.
+
+    Raises:
+        ValueError: if the policy cannot be loaded.
+    """
+    from skyrl_async.runtime.rollout_worker import RolloutWorker as LocalWorker
+
+    worker = LocalWorker(config, index=0)
+    try:
+        await worker.start()
+        tasks = heldout_tasks(config.environment.name, config.evaluation.num_tasks)
+        async with asyncio.timeout(config.evaluation.timeout_s):
+            return await worker.evaluate(tasks)
+    finally:
+        await worker.close()
 
 
 class _Run:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
+import math
 import os
 import signal
 import socket
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +22,10 @@ from skyrl_async.environments.worker import encoded
 EXIT_TIMEOUT_S = 10.0
 """Seconds that a killed process gets to vanish before it is given up."""
 
+STUCK_AFTER_S = 0.5
+"""A process that takes longer for one call is avoided until it has answered."""
+
+_CHECK_EVERY_S = STUCK_AFTER_S / 2
 _READ_BYTES = 1 << 18
 
 # The worker sees the modules that its parent sees; sys.path travels as an argument, because
@@ -42,6 +48,10 @@ class WorkerLost(Exception):
     """The process ended before it came to this call; the argument says why."""
 
 
+class WorkerBusy(Exception):
+    """The process is stuck in another call, and this one should be made elsewhere."""
+
+
 class WorkerStartFailed(WorkerLost):
     """The process ended, or was killed, before it was ready."""
 
@@ -50,6 +60,7 @@ class WorkerStartFailed(WorkerLost):
 class _Call:
     answer: asyncio.Future[Any]
     timeout_s: float
+    patience_s: float
 
 
 class WorkerProcess:
@@ -58,11 +69,14 @@ class WorkerProcess:
     Calls are sent at once and answered in order, so the process never waits for the parent between
     two of them. The deadline of a call begins when the process comes to it. Missing it, the process
     and all that it started are killed: the call fails with :class:`WorkerHung`, those behind it
-    with :class:`WorkerLost`.
+    with :class:`WorkerLost`. When it is stuck in a call for as long as the patience of one behind
+    it, that one fails with :class:`WorkerBusy`, if there is another process to go to; the process
+    will do it all the same, and its answer is ignored.
 
     Args:
         hello: first message, see :mod:`skyrl_async.environments.worker`.
         startup_timeout_s: from here until the process is ready.
+        has_room_elsewhere: says whether another process could take calls.
         burying: holds a task until a dead process has been reaped.
 
     Raises:
@@ -74,10 +88,12 @@ class WorkerProcess:
         hello: Mapping[str, Any],
         *,
         startup_timeout_s: float,
+        has_room_elsewhere: Callable[[], bool],
         burying: set[asyncio.Task[None]],
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._burying = burying
+        self._has_room_elsewhere = has_room_elsewhere
         self._socket, theirs = socket.socketpair()
         self._socket.setblocking(False)
         with theirs:
@@ -93,8 +109,8 @@ class WorkerProcess:
         self.num_sessions = 0
         self._startup_timeout_s = startup_timeout_s
         self._why = ""
-        self._ready = False
         self._idle = True
+        self.ready = False
         self._calls: deque[_Call] = deque()
         self._head_since_s = 0.0
         self._timer: asyncio.TimerHandle | None = None
@@ -109,18 +125,30 @@ class WorkerProcess:
         """Calls sent and not answered."""
         return len(self._calls)
 
-    def call(self, message: Any, *, timeout_s: float) -> asyncio.Future[Any]:
+    @property
+    def stuck(self) -> bool:
+        """Whether it has been doing one call for long."""
+        return self.ready and bool(self._calls) and self._running_s() >= STUCK_AFTER_S
+
+    def call(
+        self, message: Any, *, timeout_s: float, patience_s: float = math.inf
+    ) -> asyncio.Future[Any]:
         """Send a message; the future is its answer.
 
+        Args:
+            message: what can be written as JSON.
+            timeout_s: for the process to do it.
+            patience_s: with one call before it; at least ``STUCK_AFTER_S``.
+
         Raises:
-            WorkerLost: if the process has ended. The future raises it too, or :class:`WorkerHung`
-                or :class:`WorkerDied`.
+            WorkerLost: if the process has ended. The future raises it too, or one of the other
+                exceptions of this module.
         """
         if not self.alive:
             raise WorkerLost(self._why)
         answer: asyncio.Future[Any] = self._loop.create_future()
         self._outgoing += encoded(message)
-        self._calls.append(_Call(answer, timeout_s))
+        self._calls.append(_Call(answer, timeout_s, patience_s))
         if len(self._calls) == 1:
             self._idle = True
         if not self._sending:
@@ -159,7 +187,7 @@ class WorkerProcess:
         except OSError:
             data = b""
         if not data:
-            self._end("ended", WorkerDied, WorkerLost if self._ready else WorkerStartFailed)
+            self._end("ended", WorkerDied, WorkerLost if self.ready else WorkerStartFailed)
             return
         self._incoming += data
         if b"\n" not in data:
@@ -178,36 +206,52 @@ class WorkerProcess:
         self._head_since_s = self._loop.time()
         self._set_timer()
 
+    def _running_s(self) -> float:
+        """Return how long the oldest call has been with the process."""
+        return 0.0 if self._idle else self._loop.time() - self._head_since_s
+
     def _set_timer(self) -> None:
-        """Have the oldest call checked not later than at its deadline."""
+        """Have the calls checked soon, and not later than at the deadline of the oldest."""
         if not self._calls:
             return
-        due_s = self._head_since_s + self._calls[0].timeout_s
+        now_s = self._loop.time()
+        due_s = min(self._head_since_s + self._calls[0].timeout_s, now_s + _CHECK_EVERY_S)
         if self._timer is not None:
             if self._timer.when() <= due_s:
                 return
             self._timer.cancel()
-        self._timer = self._loop.call_at(due_s, self._check_deadline)
+        self._timer = self._loop.call_at(due_s, self._check)
 
-    def _check_deadline(self) -> None:
+    def _check(self) -> None:
         self._timer = None
         self._receive()  # an answer may have come while the loop was busy
         if not self.alive or not self._calls:
             return
-        if self._loop.time() < self._head_since_s + self._calls[0].timeout_s:
+        running_s = self._running_s()
+        if running_s < self._calls[0].timeout_s:
+            if self.stuck:
+                self._give_back(running_s)
             self._set_timer()
-        elif self._ready:
+        elif self.ready:
             self._end("was killed because another episode hung", WorkerHung, WorkerLost)
         else:
             why = f"was not ready after {self._startup_timeout_s} s and was killed"
             self._end(why, WorkerHung, WorkerStartFailed)
+
+    def _give_back(self, running_s: float) -> None:
+        """Fail the calls that have lost their patience with the oldest one."""
+        if not self._has_room_elsewhere():
+            return
+        for call in itertools.islice(self._calls, 1, None):
+            if call.patience_s <= running_s and not call.answer.done():
+                call.answer.set_exception(WorkerBusy())
 
     def _started(self, answer: asyncio.Future[Any]) -> None:
         if answer.cancelled():
             return
         if answer.exception() is None:
             if answer.result() == "ready":
-                self._ready = True
+                self.ready = True
             else:
                 why = f"could not start: {answer.result()['detail']}"
                 self._end(why, WorkerStartFailed, WorkerStartFailed)

@@ -28,12 +28,17 @@ class Chat:
         tokenizer: of ``transformers``, with a chat template and a stop token.
 
     Raises:
-        ValueError: if there is no chat template, or it does not keep earlier turns as they were.
+        ValueError: if there is no chat template or no stop token, if replies do not end with it, or
+            if the template does not keep earlier turns as they were.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         if tokenizer.chat_template is None:
             raise ValueError("the tokenizer has no chat template; add chat_template.jinja to it")
+        if tokenizer.eos_token_id is None:
+            raise ValueError(
+                "the tokenizer has no stop token; set its eos_token to the end-of-turn token"
+            )
         self._tokenizer = tokenizer
         self.stop_token_ids: tuple[int, ...] = (int(tokenizer.eos_token_id),)
         self._stop_text: str = tokenizer.eos_token
@@ -97,7 +102,8 @@ class Chat:
         if not stop or head.strip():
             raise ValueError(
                 f"the chat template ends a reply with {before!r}, which does not begin with the "
-                f"stop token {self._stop_text!r}; set the tokenizer's eos_token to the end-of-turn token"
+                f"stop token {self._stop_text!r}; set the tokenizer's eos_token to the end-of-turn "
+                "token"
             )
         return tail, text[end + len(_OBSERVATION) :]
 

@@ -99,7 +99,7 @@ async def play(
         EnvironmentFailure: if the environment fails, or the episode takes too long.
     """
     try:
-        async with asyncio.timeout(limits.timeout_s):
+        async with asyncio.timeout(limits.timeout_s) as deadline:
             session = await sessions.open(task)
             try:
                 return await _take_turns(task, episode_id, session, engine, chat, sampling, limits)
@@ -107,6 +107,8 @@ async def play(
                 engine.release(episode_id)
                 await session.close()
     except TimeoutError:
+        if not deadline.expired():
+            raise
         raise EnvironmentFailure(
             DropReason.EPISODE_TIMEOUT,
             f"{task.task_id}: the episode took longer than {limits.timeout_s} s",

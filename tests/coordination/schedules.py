@@ -37,6 +37,7 @@ def play(world: World, rng: random.Random, *, num_events: int) -> None:
         "prefetch": 2,
         "give_back": 0.4,
         "start_step": 6,
+        "publish_early": 1,
         "commit": 4,
         "skip": 0.4,
         "resume": 0.05,
@@ -69,7 +70,7 @@ def happen(world: World, rng: random.Random, event: str, straggler_rate: float) 
     elif event == "fail" and running:
         world.fail(rng.choice(running))
     elif event == "load" and engines:
-        world.load(rng.choice(engines), rng.randint(world.version - 1, world.version))
+        world.load(rng.choice(engines), world.newest_weights - rng.randint(0, 1))
     elif event == "join" and len(engines) < 4:
         world.join_engine(rng.randint(0, world.version))
     elif event == "leave" and engines:
@@ -80,6 +81,8 @@ def happen(world: World, rng: random.Random, event: str, straggler_rate: float) 
         world.give_back()
     elif event == "start_step":
         world.start_step()
+    elif event == "publish_early":
+        world.publish_early()
     elif event in ("commit", "skip"):
         world.end_step(finite=event == "commit")
     elif event == "resume":

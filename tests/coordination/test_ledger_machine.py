@@ -59,7 +59,7 @@ class LedgerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.world.engines)
     @rule(engine=small, behind=st.integers(0, 1))
     def load(self, engine, behind):
-        self.world.load(self.pick(self.world.engines, engine), self.world.version - behind)
+        self.world.load(self.pick(self.world.engines, engine), self.world.newest_weights - behind)
 
     @precondition(lambda self: len(self.world.engines) < 4)
     @rule(behind=st.integers(0, 3))
@@ -84,6 +84,11 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule()
     def start_step(self):
         self.world.start_step()
+
+    @precondition(lambda self: self.world.training is not None)
+    @rule()
+    def publish_early(self):
+        self.world.publish_early()
 
     @precondition(lambda self: self.world.training is not None)
     @rule(finite=st.sampled_from([True, True, True, False]))

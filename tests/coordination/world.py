@@ -113,6 +113,7 @@ class World:
         self.config = config
         self.parts = parts or Parts()
         self.version = 0
+        self.newest_weights = 0  # published; one ahead while a step's end is not yet known here
         self.live_version = 0
         self.engines: dict[str, int] = {}
         self.groups: dict[int, Group] = {}
@@ -189,14 +190,14 @@ class World:
         check(group.was_released, "slots", f"group {group_id} failed and keeps its slot")
 
     def load(self, engine: str, version: int) -> None:
-        self.engines[engine] = max(self.engines[engine], min(version, self.version))
+        self.engines[engine] = max(self.engines[engine], min(version, self.newest_weights))
         self._update_live()
         self._take(self.ledger.engine_loaded(engine, self.engines[engine]))
 
     def join_engine(self, version: int) -> None:
         engine = f"engine-{self.next_engine}"
         self.next_engine += 1
-        self.engines[engine] = max(self.live_version, min(version, self.version))
+        self.engines[engine] = max(self.live_version, min(version, self.newest_weights))
         self._update_live()
         self._take(self.ledger.engine_joined(engine, self.engines[engine]))
 
@@ -208,7 +209,8 @@ class World:
     def prefetch(self, guess: int) -> None:
         """Fetch ahead for the version that there is, or for the one that the running step makes."""
         if self.prefetched is None:
-            guess = guess if self.training else 0
+            early = self.newest_weights > self.version
+            guess = max(guess, early) if self.training else 0
             outcome = self.ledger.sample(self.version + guess)
             self._take(outcome, at_version=self.version + guess)
             self.prefetched = outcome.batch
@@ -237,9 +239,15 @@ class World:
         self._check_batch(outcome.batch)
         return True
 
+    def publish_early(self) -> None:
+        """The learner publishes what the step made before the coordinator hears of its end."""
+        if self.training is not None:
+            self.newest_weights = self.version + 1
+
     def end_step(self, *, finite: bool) -> None:
         if self.training is None:
             return
+        finite = finite or self.newest_weights > self.version
         batch, self.training = self.training, None
         for sampled in batch.groups:
             group = self.groups[sampled.group.group_id]
@@ -252,6 +260,7 @@ class World:
             group.state = "buffered" if again else "consumed"
         if finite:
             self.version += 1
+            self.newest_weights = self.version
             self.steps += 1
             self._count_tokens(batch)
             self._take(self.ledger.commit(batch, self.version))
@@ -260,6 +269,8 @@ class World:
 
     def resume(self) -> None:
         """The run is killed and resumed from a checkpoint of this moment."""
+        if self.newest_weights > self.version:
+            self.end_step(finite=True)
         state = self.ledger.state()
         self.training = self.prefetched = None
         for group in self.groups.values():
@@ -323,9 +334,8 @@ class World:
                 check(group.state == departed.fate, "states", f"{group_id} is {group.state}")
                 continue
             check(group.state == "buffered", "states", f"{group_id} left while {group.state}")
-            newest = max(group.versions())
-            oldest = min(group.versions())
-            version = newest if self.config.rule == "mask" else oldest
+            decisive = max if self.config.rule == "mask" else min
+            version = decisive(group.versions())
             too_old = at_version - version > self.config.max_staleness
             check(too_old, "waste", f"group {group_id} was trainable and left")
             expected = "retired" if group.uses else "dropped"

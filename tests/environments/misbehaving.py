@@ -96,6 +96,8 @@ class Troublesome:
             return TROUBLES[action]()
         if action in ANSWERS:
             return ANSWERS[action]
+        if action == "slow":
+            time.sleep(1.5)
         return f"{self._seed} {self._count} {action}", 1.0, self._count == 3, False, {}
 
     def close(self):

@@ -1,4 +1,5 @@
 import asyncio
+import math
 import os
 import select
 import signal
@@ -8,6 +9,7 @@ from contextlib import ExitStack
 
 import pytest
 
+from skyrl_async.environments import worker_pool, worker_process
 from skyrl_async.environments.base import EnvironmentFailure
 from skyrl_async.environments.host import EnvironmentHost
 from skyrl_async.types import DropReason
@@ -26,26 +28,78 @@ def wait_until_ended(pidfds, *, timeout_s=10):
         assert select.select([pidfd], [], [], timeout_s)[0], "a process is still there"
 
 
-def test_hangs_are_killed_at_the_deadline_and_bystanders_lose_nothing():
+def never_stuck(monkeypatch):
+    """Have episodes wait for a hanging one in their process until that is killed."""
+    monkeypatch.setattr(worker_process, "STUCK_AFTER_S", math.inf)
+    monkeypatch.setattr(worker_pool, "STUCK_AFTER_S", math.inf)
+
+
+def test_hangs_are_killed_at_the_deadline_and_bystanders_lose_nothing(monkeypatch):
+    never_stuck(monkeypatch)
+
     async def main():
         async with hosted("Troublesome", num_processes=1, step_timeout_s=1.0) as host:
             bystanders = [await host.open_session(seed=seed) for seed in range(10, 15)]
             for session in bystanders:
                 await session.step("one")
-            for hang in ("sleep", "ignore_sigterm"):
+            for count, hang in ((2, "sleep"), (3, "ignore_sigterm")):
                 hung = asyncio.create_task(failure_of_step(host, hang))
                 # Some wait behind the hanging call, the others are idle meanwhile.
                 waiting = [asyncio.create_task(s.step("two")) for s in bystanders[:3]]
                 failure = await hung
                 assert failure.reason is DropReason.STEP_TIMEOUT
                 assert "step took longer than 1.0 s" in failure.detail
-                count = 2 if hang == "sleep" else 3
                 outcomes = await asyncio.gather(*waiting, *(s.step("two") for s in bystanders[3:]))
                 expected = [f"{seed} {count} two" for seed in range(10, 15)]
                 assert [outcome.observation for outcome in outcomes] == expected
             assert all(outcome.terminated for outcome in outcomes)
             failure = await failure_of_reset(host, reset="busy")
             assert failure.reason is DropReason.STEP_TIMEOUT
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_episodes_leave_a_process_that_is_stuck_long_before_the_deadline(num_processes):
+    async def main():
+        settings = {
+            "num_processes": num_processes,
+            "step_timeout_s": 60.0,
+            "close_timeout_s": 0.1,
+        }
+        async with hosted("Troublesome", **settings) as host:
+            bystanders = [await host.open_session(seed=seed) for seed in range(10, 20)]
+            for session in bystanders:
+                await session.step("one")
+            session = await host.open_session(seed=1)
+            hung = asyncio.create_task(session.step("busy"))
+            await asyncio.sleep(0)
+            for count in (2, 3):
+                outcomes = await asyncio.gather(*(s.step("go") for s in bystanders))
+                expected = [f"{seed} {count} go" for seed in range(10, 20)]
+                assert [outcome.observation for outcome in outcomes] == expected
+            await asyncio.gather(*(play_to_the_end(host, seed=seed) for seed in range(100)))
+            assert not hung.done()
+            hung.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await hung
+            await session.close()
+
+    asyncio.run(main())
+
+
+def test_a_call_that_is_only_slow_is_answered():
+    async def main():
+        async with hosted("Troublesome", num_processes=1) as host:
+            slow, quick = [await host.open_session(seed=seed) for seed in (1, 2)]
+            waited = asyncio.create_task(slow.step("slow"))
+            await asyncio.sleep(0)
+            assert (await quick.step("go")).observation == "2 1 go"
+            assert not waited.done()
+            assert (await waited).observation == "1 1 slow"
+            for session in (slow, quick):
+                assert (await session.step("on")).observation.endswith("2 on")
+                await session.close()
 
     asyncio.run(main())
 
@@ -69,20 +123,25 @@ def test_processes_that_end_cost_one_episode():
     asyncio.run(main())
 
 
-def test_an_episode_that_keeps_losing_its_process_fails():
+def test_an_episode_that_keeps_losing_its_process_fails(monkeypatch):
+    monkeypatch.setattr(worker_pool, "MAX_MOVES", 2)
+
     async def main():
         async with hosted("Troublesome", num_processes=1) as host:
             bystander = await host.open_session(seed=8)
-            for _ in range(3):
+            for loss in range(3):
                 breaker = await host.open_session(seed=1)
                 ending = asyncio.create_task(breaker.step("os_exit"))
                 await asyncio.sleep(0)
-                # The bystander waits behind the call that ends the process, and moves.
+                # The bystander waits behind the call that ends the process.
                 moved = asyncio.create_task(bystander.step("go"))
                 with pytest.raises(EnvironmentFailure, match="exit code 7"):
                     await ending
                 await breaker.close()
-                assert (await moved).reward == 1.0
+                if loss < 2:
+                    assert (await moved).reward == 1.0
+            with pytest.raises(EnvironmentFailure, match="and so did 2 before it"):
+                await moved
 
     asyncio.run(main())
 
@@ -101,23 +160,6 @@ def test_an_environment_that_is_not_reproducible_is_not_continued():
         await bystander.close()
         await breaker.close()
         await host.close()
-
-    asyncio.run(main())
-
-
-def test_other_episodes_go_on_while_one_hangs():
-    async def main():
-        settings = {"num_processes": 2, "step_timeout_s": 60.0, "close_timeout_s": 0.1}
-        async with hosted("Troublesome", **settings) as host:
-            session = await host.open_session(seed=1)
-            hung = asyncio.create_task(session.step("busy"))
-            await asyncio.sleep(0)
-            await asyncio.gather(*(play_to_the_end(host, seed=seed) for seed in range(100)))
-            assert not hung.done()
-            hung.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await hung
-            await session.close()
 
     asyncio.run(main())
 
@@ -171,7 +213,7 @@ def test_open_environments_are_closed_with_the_host(tmp_path):
 
 def test_a_hang_in_close_costs_no_episode(caplog):
     async def main():
-        settings = {"num_processes": 1, "step_timeout_s": 0.5}
+        settings = {"num_processes": 1, "step_timeout_s": 0.5, "close_timeout_s": 0.1}
         async with hosted("Troublesome", {"close": "sleep"}, **settings) as host:
             finished, bystander = [await host.open_session(seed=seed) for seed in (1, 2)]
             await finished.close()

@@ -1,16 +1,22 @@
-"""One end of a pair in a process of its own; it reports each step as a line on stdout.
+"""One end of a pair in a process of its own, which reports each step through a pipe.
 
-``engine ADDRESS [SIGNAL VERSION]`` receives until the learner leaves; with a signal, it sends that
-to itself in the middle of the bytes of VERSION. ``learner SIGNAL`` prints its address, publishes
-version 0, and sends the signal to itself in the middle of version 1.
+The processes are forked from one clean server that has imported torch, since every import takes
+seconds.
 """
 
-import ast
+import multiprocessing
 import os
 import signal
-import sys
 import threading
 import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from skyrl_async.weight_sync import collective
 from skyrl_async.weight_sync.collective import (
@@ -19,6 +25,7 @@ from skyrl_async.weight_sync.collective import (
     PairAddress,
     host_store,
 )
+from skyrl_async.weight_sync.disk import DiskSender
 from skyrl_async.weight_sync.pair_group import PairGroup
 from skyrl_async.weight_sync.receiver import WeightReceiver
 from skyrl_async.weight_sync.snapshot import SnapshotPool
@@ -27,74 +34,98 @@ from tests.weight_sync.peers import make_parameters, soon
 BUCKET_BYTES = 1 << 15
 
 
-def say(*words: object) -> None:
-    print(*words, flush=True)
+@contextmanager
+def process(target: Any, *arguments: object) -> Iterator[tuple[Any, Connection]]:
+    """Run ``target(pipe, *arguments)``; yields the process and the other end of the pipe."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    ours, theirs = context.Pipe()
+    child = context.Process(target=target, args=(theirs, *arguments), daemon=True)
+    child.start()
+    theirs.close()
+    try:
+        yield child, ours
+    finally:
+        child.kill()
+        child.join(5)
+        ours.close()
 
 
-def receive(address: PairAddress, signal_number: int | None, version: int) -> None:
+def told(pipe: Connection, timeout_s: float = 20.0) -> Any:
+    """Return the next report."""
+    assert pipe.poll(timeout_s), "the other process reported nothing"
+    return pipe.recv()
+
+
+def checksum(weights: Mapping[str, Tensor]) -> int:
+    total = 0
+    for tensor in weights.values():
+        total = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), total)
+    return total
+
+
+def run_engine(
+    pipe: Connection, address: PairAddress, signal_number: int | None, signal_version: int
+) -> None:
+    """Receive until the learner leaves; signal itself in the middle of one version's bytes."""
     layout = SnapshotPool(make_parameters(), num_buffers=1).layout
     ended = threading.Event()
-    loaded: list[int] = []
+    next_version = 0
     buckets_seen = 0
 
-    def checksum(data: bytes, start: int = 0) -> int:
-        nonlocal buckets_seen
-        buckets_seen += len(loaded) == version
-        if signal_number is not None and buckets_seen == 3:
-            say("signal", version)
-            os.kill(os.getpid(), signal_number)
-        return zlib.crc32(data, start)
+    class SignallingZlib:
+        @staticmethod
+        def crc32(data: bytes, start: int = 0) -> int:
+            nonlocal buckets_seen
+            buckets_seen += next_version == signal_version
+            if signal_number is not None and buckets_seen == 3:
+                pipe.send(("signal", next_version))
+                os.kill(os.getpid(), signal_number)
+            return zlib.crc32(data, start)
 
-    class CountingZlib:
-        crc32 = staticmethod(checksum)
+    collective.zlib = SignallingZlib  # type: ignore[assignment]
 
-    collective.zlib = CountingZlib  # type: ignore[assignment]
-
-    def load(weights: dict, policy_version: int) -> None:
-        total = 0
-        for tensor in weights.values():
-            total = zlib.crc32(tensor.reshape(-1).view(collective_uint8).numpy(), total)
-        loaded.append(policy_version)
-        say("loaded", policy_version, total)
+    def load(weights: Mapping[str, Tensor], policy_version: int) -> None:
+        nonlocal next_version
+        next_version = policy_version + 1
+        pipe.send(("loaded", policy_version, checksum(weights)))
 
     def on_end(error: BaseException) -> None:
-        say("end", type(error).__name__)
+        pipe.send(("end", type(error).__name__))
         ended.set()
 
     transport = CollectiveReceiver(address, expected=layout)
-    receiver = WeightReceiver(transport, load, on_end=on_end)  # type: ignore[arg-type]
+    receiver = WeightReceiver(transport, load, on_end=on_end)
     ended.wait(30)
     receiver.close()
 
 
-def publish(signal_number: int) -> None:
+def run_learner(pipe: Connection, signal_number: int) -> None:
+    """Publish version 0; signal itself in the middle of the bytes of version 1."""
     store = host_store()
     pool = SnapshotPool(make_parameters())
     sender = CollectiveSender("engine-0", store=store, bucket_bytes=BUCKET_BYTES)
-    say(vars_of(sender.address))
+    pipe.send(sender.address)
     sender.send(pool.take(0), deadline=soon(20))
     broadcast = PairGroup.broadcast
 
-    def stop_half_way(group: PairGroup, buckets: tuple, *, deadline: float) -> None:
+    def stop_half_way(group: PairGroup, buckets: Sequence[Tensor], *, deadline: float) -> None:
         broadcast(group, buckets[:3], deadline=deadline)
-        say("signal", 1)
+        pipe.send(("signal", 1))
         os.kill(os.getpid(), signal_number)
 
     PairGroup.broadcast = stop_half_way  # type: ignore[assignment,method-assign]
     sender.send(pool.take(1), deadline=soon(1.0))
 
 
-def vars_of(address: PairAddress) -> dict[str, object]:
-    return {name: getattr(address, name) for name in PairAddress.__slots__}
+def write_and_die_before_rename(pipe: Connection, folder: Path) -> None:
+    """Send version 1 through ``folder``; die between writing and renaming version 2."""
+    pool = SnapshotPool(make_parameters(num_floats=1_000))
+    sender = DiskSender(folder)
+    pipe.send(("sent", sender.send(pool.take(1), deadline=soon(20)).size_bytes))
 
+    def die(self: Path, target: Path) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
 
-if __name__ == "__main__":
-    import torch
-
-    collective_uint8 = torch.uint8
-    role, *rest = sys.argv[1:]
-    if role == "engine":
-        chosen = signal.Signals[rest[1]] if len(rest) > 1 else None
-        receive(PairAddress(**ast.literal_eval(rest[0])), chosen, int(rest[2]) if chosen else -1)
-    else:
-        publish(signal.Signals[rest[0]])
+    Path.rename = die  # type: ignore[assignment,method-assign]
+    sender.send(pool.take(2), deadline=soon(20))

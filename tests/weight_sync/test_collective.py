@@ -1,6 +1,4 @@
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 
@@ -407,22 +405,21 @@ def _listeners() -> set[tuple[str, int]]:
     return found
 
 
-def test_native_threads_end_with_the_pair() -> None:
-    code = """
-import os, threading
-from skyrl_async.weight_sync.collective import host_store
-from tests.weight_sync.peers import Pair, make_parameters, soon
-def tasks(): return len(os.listdir("/proc/self/task"))
-store = host_store()
-before = tasks()
-for _ in range(3):
-    with Pair(store, make_parameters()) as pair:
-        pair.sender.send(pair.pool.take(1), deadline=soon())
-        assert tasks() > before
-    del pair
-assert tasks() == before, (tasks(), before)
-assert threading.active_count() == 1
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
+def test_native_threads_end_with_the_pair_and_nothing_is_printed(
+    store: dist.TCPStore, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = _native_threads()
+    for _ in range(3):
+        with Pair(store, make_parameters()) as pair:
+            send(pair, 1)
+            assert _native_threads() - before
+        del pair
+    deadline = soon()
+    while _native_threads() - before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert _native_threads() - before == set()
+    assert capfd.readouterr() == ("", "")
+
+
+def _native_threads() -> set[str]:
+    return set(os.listdir("/proc/self/task"))

@@ -1,7 +1,5 @@
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from skyrl_async.weight_sync.transport import (
     StagedWeights,
     TransferRejected,
 )
+from tests.weight_sync.other_process import process, told, write_and_die_before_rename
 from tests.weight_sync.peers import (
     PointerEngine,
     assert_same_bits,
@@ -73,7 +72,9 @@ def test_receiver_that_starts_late_finds_the_newest_version(tmp_path: Path) -> N
     assert stage(tmp_path, pool, policy_version=3) is None
 
 
-@pytest.mark.parametrize("damage", ["bit", "truncated", "renamed", "retyped", "missing", "manifest"])
+@pytest.mark.parametrize(
+    "damage", ["bit", "truncated", "renamed", "retyped", "missing", "manifest"]
+)
 def test_damaged_files_are_rejected_and_a_good_version_follows(tmp_path: Path, damage: str) -> None:
     pool = SnapshotPool(make_parameters(num_floats=SMALL))
     write(DiskSender(tmp_path), pool, 1)
@@ -122,28 +123,17 @@ def test_other_layout_and_old_versions_are_refused(tmp_path: Path) -> None:
     assert isinstance(error, TransferRejected) and "not above 1" in str(error)
 
 
-KILLED_SENDER = """
-import os, signal, sys, time
-from pathlib import Path
-from skyrl_async.weight_sync.disk import DiskSender
-from skyrl_async.weight_sync.snapshot import SnapshotPool
-from skyrl_async.weight_sync.transport import EngineLost
-from tests.weight_sync.peers import make_parameters
-pool = SnapshotPool(make_parameters(num_floats=1_000))
-sender = DiskSender(Path(sys.argv[1]))
-try:
-    sender.send(pool.take(1), deadline=time.monotonic())
-except EngineLost:
-    pass
-Path.rename = lambda self, target: os.kill(os.getpid(), signal.SIGKILL)
-sender.send(pool.take(2), deadline=time.monotonic() + 5)
-"""
-
-
 def test_sender_killed_between_write_and_rename_leaves_the_old_version(tmp_path: Path) -> None:
     pool = SnapshotPool(make_parameters(num_floats=SMALL))
-    killed = subprocess.run([sys.executable, "-c", KILLED_SENDER, str(tmp_path)], timeout=30)
-    assert killed.returncode == -signal.SIGKILL
+    receiver = DiskReceiver(tmp_path, expected=pool.layout)
+    with process(write_and_die_before_rename, tmp_path) as (child, pipe):
+        staged = receiver.receive(20.0)
+        assert staged is not None
+        receiver.acknowledge(staged, None)
+        assert told(pipe) == ("sent", pool.layout.size_bytes)
+        child.join(5)
+        assert child.exitcode == -signal.SIGKILL
+    assert receiver.receive(0.0) is None
     assert (tmp_path / ".partial-00000002" / "weights.safetensors").exists()
     staged = stage(tmp_path, pool)
     assert staged is not None and staged.policy_version == 1

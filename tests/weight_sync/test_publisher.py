@@ -74,6 +74,7 @@ def test_slow_engine_delays_others_only_until_the_deadline() -> None:
     )
     started = time.monotonic()
     publisher.publish(pool.take(1))
+    assert stuck.started.acquire(timeout=5)
     publisher.publish(pool.take(2))
     assert publisher.wait_idle(5)
     assert 0.35 < time.monotonic() - started < 1.0
