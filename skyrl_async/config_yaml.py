@@ -84,9 +84,8 @@ def parse(text: str) -> Document:
 
 def dump(data: Mapping[str, Any]) -> str:
     """Return ``data`` as YAML that :func:`parse` reads back to an equal mapping."""
-    return yaml.dump(
-        dict(data), Dumper=_Dumper, sort_keys=False, default_flow_style=False, allow_unicode=True
-    )
+    # Only ASCII: PyYAML writes some characters, such as U+0085, in a way that it reads differently.
+    return yaml.dump(dict(data), Dumper=_Dumper, sort_keys=False, default_flow_style=False)
 
 
 class _Reader:

@@ -15,9 +15,10 @@ the train loop, and the train loop never waits for one particular group.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -171,8 +172,8 @@ class Coordinator:
             done, _ = await asyncio.wait(named, return_when=asyncio.FIRST_COMPLETED)
             # A dead worker also ends the training; its own name says more.
             for task in sorted(done, key=lambda t: t is training):
-                if (error := task.exception()) is not None:
-                    raise _named(named[task], error) from error
+                with _blaming(named[task]):
+                    task.result()
         finally:
             others = [*named, *([self._evaluation] if self._evaluation else [])]
             for task in others:
@@ -225,8 +226,9 @@ class Coordinator:
             assignment = Assignment(group_id=slot.group_id, task=self._tasks.next())
             assignments.setdefault(name, []).append(assignment)
         for name, batch in assignments.items():
-            async with _deadline(self._settings.answer_timeout_s, f"{name} to take new tasks"):
-                await self._rollouts[name].submit(batch)
+            with _blaming(name):
+                async with _deadline(self._settings.answer_timeout_s, "new tasks to be taken"):
+                    await self._rollouts[name].submit(batch)
 
     async def _train(self) -> None:
         """Take batches and train on them until a limit is reached, then evaluate once more."""
@@ -237,18 +239,21 @@ class Coordinator:
             left_s = None
             if settings.max_seconds is not None:
                 left_s = started_s + settings.max_seconds - self._clock()
+                if left_s <= 0:
+                    break
             batch = await self._next_batch(left_s)
             if batch is None or self._reached_eval_reward:
                 break
-            async with _deadline(settings.step_timeout_s, "the learner's step"):
-                result = await self._learner.step(batch)
+            with _blaming("learner"):
+                async with _deadline(settings.step_timeout_s, "a step"):
+                    result = await self._learner.step(batch)
+            self._finish_step(step, batch, result)
             skipped = skipped + 1 if result.skipped else 0
             if skipped >= MAX_SKIPPED_STEPS:
                 raise RuntimeError(
                     f"{skipped} learner steps in a row had a loss or gradient that was not finite; "
                     "lower optimizer.learning_rate or look at the rewards"
                 )
-            self._finish_step(step, batch, result)
             await self._admit()
             self._evaluate_if_due(step)
         await self._evaluate_at_the_end()
@@ -308,9 +313,10 @@ class Coordinator:
 
     async def _evaluate(self) -> None:
         """Play the held-out tasks at the version that one engine has now."""
-        worker = next(iter(self._rollouts.values()))
-        async with _deadline(self._settings.evaluation_timeout_s, "an evaluation"):
-            result = await worker.evaluate(self._settings.evaluation_tasks)
+        name, worker = next(iter(self._rollouts.items()))
+        with _blaming(name):
+            async with _deadline(self._settings.evaluation_timeout_s, "an evaluation"):
+                result = await worker.evaluate(self._settings.evaluation_tasks)
         self._metrics.evaluated(result)
         logger.info(
             "evaluation at policy version %d: reward %.3f over %d tasks, %d failed",
@@ -358,5 +364,12 @@ def _deadline(timeout_s: float, what: str) -> _Deadline:
     return _Deadline(timeout_s, what)
 
 
-def _named(name: str, error: BaseException) -> WorkerFailed:
-    return WorkerFailed(f"{name}: {error}" if str(error) else f"{name}: {error!r}")
+@contextlib.contextmanager
+def _blaming(name: str) -> Iterator[None]:
+    """Put the name of a worker or loop before the text of an error that has none yet."""
+    try:
+        yield
+    except WorkerFailed:
+        raise
+    except Exception as error:
+        raise WorkerFailed(f"{name}: {error}" if str(error) else f"{name}: {error!r}") from error

@@ -132,13 +132,13 @@ class RunMetrics:
             self._first_step_s = self._clock() - self._started_s
         r = self._recorder
         self._steps = progress.step
+        self._cost += cost
         if result.skipped:
             self._skipped_steps += 1
         else:
             trained = sum(result.staleness_counts.values())
             self._trajectories_trained += sum(len(g.group.trajectories) for g in batch.groups)
             self._tokens_trained += trained
-            self._cost += cost
             # Losses bias the whole run, so they are shown since its start.
             since_start = self._cost.metrics()
             since_start.update(masked_fraction=cost.metrics().get("masked_fraction", 0.0))

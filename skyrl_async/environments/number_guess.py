@@ -53,7 +53,7 @@ class NumberGuess(gymnasium.Env[str, str]):
             self._random = random.Random(seed)
         self._number = self._random.randint(self._low, self._high)
         self._guesses_left = self._max_guesses
-        return f"guess a number from {self._low} to {self._high}", {}
+        return f"guess {self._low} to {self._high}", {}
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         """Answer one guess.

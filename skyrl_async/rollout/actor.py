@@ -141,34 +141,38 @@ class RolloutActor:
         """Play ``tasks`` greedily with the weights that the engine has now, pinned.
 
         An engine of its own plays them, so that training goes on generating and swapping.
+
+        Raises:
+            RuntimeError: if that engine failed.
         """
         engine = self._evaluation_engine()
-        runner = asyncio.create_task(engine.run())
         greedy = replace(self._settings.sampling, temperature=0.0)
+        runner = asyncio.create_task(engine.run())
+        plays = asyncio.gather(
+            *(
+                play(
+                    task,
+                    episode_id=f"evaluation-{index}",
+                    sessions=self._sessions,
+                    engine=engine,
+                    chat=self._chat,
+                    sampling=greedy,
+                    limits=self._settings.limits,
+                )
+                for index, task in enumerate(tasks)
+            ),
+            return_exceptions=True,
+        )
+        both: set[asyncio.Future[Any]] = {runner, plays}
         try:
-            plays = asyncio.gather(
-                *(
-                    play(
-                        task,
-                        episode_id=f"evaluation-{index}",
-                        sessions=self._sessions,
-                        engine=engine,
-                        chat=self._chat,
-                        sampling=greedy,
-                        limits=self._settings.limits,
-                    )
-                    for index, task in enumerate(tasks)
-                ),
-                return_exceptions=True,
-            )
-            both: set[asyncio.Future[Any]] = {runner, plays}
             await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-            if not plays.done():
-                plays.cancel()
+            if runner.done():
                 raise RuntimeError(f"evaluation engine: {runner.exception()!r}")
             results = plays.result()
         finally:
-            runner.cancel()
+            for future in both:
+                future.cancel()
+            await asyncio.gather(*both, return_exceptions=True)
         rewards = [r.reward for r in results if isinstance(r, Trajectory)]
         for result in results:
             if not isinstance(result, Trajectory | EnvironmentFailure):

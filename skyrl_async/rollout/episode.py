@@ -26,13 +26,24 @@ class StepOutcome(Protocol):
     """What an environment answered."""
 
     @property
-    def observation(self) -> str: ...
+    def observation(self) -> str:
+        """What the policy sees next."""
+        ...
+
     @property
-    def reward(self) -> float: ...
+    def reward(self) -> float:
+        """Of this step."""
+        ...
+
     @property
-    def terminated(self) -> bool: ...
+    def terminated(self) -> bool:
+        """Whether the task ended."""
+        ...
+
     @property
-    def truncated(self) -> bool: ...
+    def truncated(self) -> bool:
+        """Whether a limit of the environment ended it."""
+        ...
 
 
 class Session(Protocol):

@@ -14,6 +14,7 @@ import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from skyrl_async.config import Config
+from skyrl_async.coordination.coordinator import WorkerFailed
 from skyrl_async.runtime.learner_worker import LearnerWorker
 from skyrl_async.runtime.rollout_worker import RolloutWorker, engine_name
 from skyrl_async.types import (
@@ -84,9 +85,11 @@ class RemoteLearner:
     async def step(self, batch: SampledBatch) -> StepResult:
         """Train on a batch, on all ranks."""
         shared = ray.put(batch) if len(self._handles) > 1 else batch
-        calls = [handle.step.remote(shared) for handle in self._handles]
-        results = await asyncio.gather(*(_answer(call) for call in calls))
-        return results[0]
+        calls = [
+            _named_answer(f"learner {rank}", handle.step.remote(shared))
+            for rank, handle in enumerate(self._handles)
+        ]
+        return (await asyncio.gather(*calls))[0]
 
     async def save_policy(self, folder: Path) -> None:
         """Write the policy in Hugging Face format."""
@@ -221,7 +224,7 @@ async def _named_answer(name: str, reference: Awaitable[Any]) -> Any:
     try:
         return await _answer(reference)
     except Exception as error:
-        raise RuntimeError(f"{name} did not start: {error}") from error
+        raise WorkerFailed(f"{name}: {error}") from error
 
 
 def _first_line(error: BaseException) -> str:

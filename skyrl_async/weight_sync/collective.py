@@ -334,7 +334,6 @@ class CollectiveReceiver:
             _answer(channel, deadline, str(rejection), retryable=rejection.retryable)
             return None
         except RuntimeError as error:
-            self._pair.drop_group()
             _answer(channel, deadline, f"the transfer was incomplete: {error}", retryable=True)
             return None
         return StagedWeights(

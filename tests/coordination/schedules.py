@@ -25,26 +25,28 @@ def random_config(rng: random.Random, **fixed) -> WorldConfig:
 
 
 def play(world: World, rng: random.Random, *, num_events: int) -> None:
-    """Drive the world with random events, then drain it."""
+    """Drive the world with random events, then drain it; each run has its own mix of events."""
     events = {
         "admit": 6,
         "generate": 8,
         "finish": 6,
         "fail": 0.4,
         "load": 5,
-        "join": 0.3,
-        "leave": 0.3,
+        "join": 0.4,
+        "leave": 0.4,
         "prefetch": 2,
-        "give_back": 0.4,
+        "give_back": 1,
         "start_step": 6,
-        "publish_early": 1,
-        "commit": 4,
+        "publish_early": 0.5,
+        "commit": 5,
         "skip": 0.4,
         "resume": 0.05,
         "drain": 0.05,
+        "cycle": 5,
     }
     straggler_rate = rng.choice([0.0, 0.2, 0.5])
-    names, weights = list(events), list(events.values())
+    names = list(events)
+    weights = [weight * rng.choice([0.2, 1, 1, 3]) for weight in events.values()]
     for _ in range(num_events):
         happen(world, rng, rng.choices(names, weights)[0], straggler_rate)
         world.check()
@@ -64,17 +66,24 @@ def happen(world: World, rng: random.Random, event: str, straggler_rate: float) 
     elif event == "finish":
         for group_id in running:
             slow = group_id % 10 < 10 * straggler_rate
-            has_tokens = world.groups[group_id].versions()
-            if has_tokens and rng.random() < (0.03 if slow else 0.5):
+            if rng.random() < (0.05 if slow else 0.7):
+                if engines:
+                    world.generate(group_id, rng.choice(engines), 1)
                 world.finish(group_id, rng.choice([0, 0, 0, 1]))
     elif event == "fail" and running:
         world.fail(rng.choice(running))
-    elif event == "load" and engines:
-        world.load(rng.choice(engines), world.newest_weights - rng.randint(0, 1))
+    elif event == "load":
+        for engine in engines:
+            if rng.random() < 0.7:
+                world.load(engine, world.newest_weights - rng.randint(0, 1))
     elif event == "join" and len(engines) < 4:
         world.join_engine(rng.randint(0, world.version))
     elif event == "leave" and engines:
         world.leave_engine(rng.choice(engines))
+    elif event == "cycle":
+        ahead = rng.choice(["prefetch", "generate"])
+        for part in ("load", "admit", "generate", "commit", "admit", "finish", "start_step", ahead):
+            happen(world, rng, part, straggler_rate)
     elif event == "prefetch":
         world.prefetch(rng.randint(0, 1))
     elif event == "give_back":

@@ -303,9 +303,11 @@ class Bug:
         raise AssertionError("a bug changes one part")
 
 
-REUSE = {"rule": "mask", "max_times_sampled": 2, "max_staleness": 1}
-DROP = {"rule": "drop", "max_times_sampled": 1}
-PACE = {"rule": "pace", "capacity_groups": None, "spare_bytes": 1 << 20}
+WIDE = {"capacity_groups": None, "spare_bytes": 1 << 20}
+REUSE = {"rule": "mask", "max_times_sampled": 2, "max_staleness": 0, **WIDE}
+MASK = {"rule": "mask", "max_times_sampled": 1, "max_staleness": 1, "groups_per_step": 2, **WIDE}
+DROP = {"rule": "drop", "max_times_sampled": 1, "max_staleness": 1, **WIDE}
+PACE = {"rule": "pace", **WIDE}
 TIGHT = {"spare_bytes": 1, "capacity_groups": None, "max_times_sampled": 1}
 
 BUGS = [
@@ -329,16 +331,16 @@ BUGS = [
     Bug(Parts(buffer=ChecksAtInsertOnly), "bound|loss tokens", DROP),
     Bug(Parts(buffer=CountsRetiredAsDropped), "fate", REUSE),
     Bug(Parts(buffer=RechecksWithoutReplacing), "full batch", DROP),
-    Bug(Parts(buffer=RechecksGroupsButNotCutOffs), "bound|cut-off", {"rule": "mask"}),
+    Bug(Parts(buffer=RechecksGroupsButNotCutOffs), "bound|cut-off", MASK),
     Bug(Parts(buffer=ReturnsShortBatches), "full batch", DROP),
     Bug(Parts(buffer=ConsumesAndKeeps), "states|neither", REUSE),
     Bug(Parts(buffer=UsesOnceTooOften), "states"),
     Bug(Parts(buffer=LosesGivenBackGroups), "states"),
     Bug(Parts(buffer=ForgetsInFlightGroups), "pace", PACE),
-    Bug(Parts(rule=CutOffTooOld), "bound|cut-off", {"rule": "mask"}),
-    Bug(Parts(rule=CutOffTooNew), "cut-off|loss tokens", {"rule": "mask"}),
+    Bug(Parts(rule=CutOffTooOld), "bound|cut-off", MASK),
+    Bug(Parts(rule=CutOffTooNew), "cut-off|loss tokens", MASK),
     Bug(Parts(rule=DeadlineTooLate), "bound|loss tokens", DROP),
-    Bug(Parts(rule=DeadlineTooLate), "loss tokens", {"rule": "mask"}),
+    Bug(Parts(rule=DeadlineTooLate), "loss tokens", MASK),
     Bug(Parts(rule=DeadlineTooEarly), "waste"),
     Bug(Parts(rule=DropsByNewestToken), "bound", DROP),
     Bug(Parts(rule=PaceWithoutLookAhead), "deadlock", {**PACE, "max_staleness": 2}),

@@ -29,7 +29,7 @@ from skyrl_async.types import (
 )
 
 GROUP_SIZE = 2
-MAX_SAMPLED_TOKENS = 6
+MAX_SAMPLED_TOKENS = 12
 LARGEST_GROUP_BYTES = GROUP_SIZE * (
     RECORD_OVERHEAD_BYTES + BYTES_PER_TOKEN * (1 + MAX_SAMPLED_TOKENS)
 )
@@ -39,9 +39,9 @@ class InvariantError(AssertionError):
     """An invariant does not hold."""
 
 
-def check(holds: object, invariant: str, detail: object = "") -> None:
+def check(holds: object, invariant: str, *detail: object) -> None:
     if not holds:
-        raise InvariantError(f"{invariant}: {detail}")
+        raise InvariantError(f"{invariant}: {' '.join(map(str, detail))}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -358,11 +358,11 @@ class World:
             versions = self.groups[sampled.group.group_id].versions()
             trained = [v for v in versions if v >= sampled.min_trainable_version]
             check(trained, "loss tokens", f"group {sampled.group.group_id} has none")
-            check(self.version - min(trained) <= bound, "bound", f"{trained} at {self.version}")
+            check(self.version - min(trained) <= bound, "bound", trained, "at", self.version)
             in_bound = [v for v in versions if self.version - v <= bound]
-            check(trained == in_bound, "cut-off", f"{trained} instead of {in_bound}")
+            check(trained == in_bound, "cut-off", trained, "instead of", in_bound)
             whole = self.config.rule == "mask" or trained == versions
-            check(whole, "bound", f"{versions} at {self.version}")
+            check(whole, "bound", versions, "at", self.version)
 
     def _count_tokens(self, batch: SampledBatch) -> None:
         for sampled in batch.groups:
@@ -376,33 +376,33 @@ class World:
         states = Counter(group.state for group in self.groups.values())
         counts = self.ledger.counts()
         for state in ("in_flight", "buffered", "leased", "consumed", "retired"):
-            check(getattr(counts, state) == states[state], "states", f"{state}: {counts}, {states}")
+            check(getattr(counts, state) == states[state], "states", state, counts, states)
         reasons = Counter(g.reason for g in self.groups.values() if g.state == "dropped")
-        check(dict(counts.dropped) == dict(reasons), "states", f"{counts.dropped}, {reasons}")
+        check(dict(counts.dropped) == dict(reasons), "states", counts.dropped, reasons)
         if c.rule == "pace":
             check(not reasons[DropReason.STALE], "pace", "a group went stale")
         check(self.ledger.live_version == self.live_version, "live", self.ledger.live_version)
 
         inside = [g for g in self.groups.values() if g.state in ("buffered", "leased")]
         size_bytes = sum(g.record.size_bytes for g in inside)
-        check(self.ledger.size_bytes == size_bytes, "bytes", (self.ledger.size_bytes, size_bytes))
-        check(size_bytes <= self.capacity_bytes, "capacity", f"{size_bytes} bytes")
+        check(self.ledger.size_bytes == size_bytes, "bytes", self.ledger.size_bytes, size_bytes)
+        check(size_bytes <= self.capacity_bytes, "capacity", size_bytes, "bytes")
         worst = size_bytes + states["in_flight"] * LARGEST_GROUP_BYTES
-        check(worst <= self.capacity_bytes, "capacity", f"{worst} bytes with reservations")
+        check(worst <= self.capacity_bytes, "capacity", worst, "bytes with reservations")
         if c.capacity_groups is not None:
             used = len(inside) + states["in_flight"]
-            check(used <= c.capacity_groups, "capacity", f"{used} groups")
+            check(used <= c.capacity_groups, "capacity", used, "groups")
 
         expected = {id_ for id_, group in self.groups.items() if self._has_slot(group)}
         actual = self.admission.group_ids()
-        check(actual == expected, "slots", f"leaked {actual - expected}, lost {expected - actual}")
+        check(actual == expected, "slots", "leaked", actual - expected, "lost", expected - actual)
         not_released = {id_ for id_, group in self.groups.items() if not group.was_released}
-        check(not_released == expected, "slots", f"not said: {not_released ^ expected}")
+        check(not_released == expected, "slots", "not said", not_released ^ expected)
         limit = max(
             c.groups_per_step,
             int((c.max_staleness + 1) * c.groups_per_step / c.max_times_sampled),
         )
-        check(len(expected) <= limit, "slots", f"{len(expected)} > {limit}")
+        check(len(expected) <= limit, "slots", len(expected), "of", limit)
         check(self.ledger.num_slots == len(expected), "slots", self.ledger.num_slots)
 
     def _has_slot(self, group: Group) -> bool:

@@ -97,7 +97,7 @@ class Troublesome:
         if action in ANSWERS:
             return ANSWERS[action]
         if action == "slow":
-            time.sleep(1.5)
+            time.sleep(1.0)
         return f"{self._seed} {self._count} {action}", 1.0, self._count == 3, False, {}
 
     def close(self):

@@ -40,7 +40,7 @@ def test_binary_search_always_wins_with_enough_guesses(seed, low, span):
     guesses = math.ceil(math.log2(high - low + 2))
     game = NumberGuess(low=low, high=high, max_guesses=guesses)
     observation, _ = game.reset(seed=seed)
-    assert observation == f"guess a number from {low} to {high}"
+    assert observation == f"guess {low} to {high}"
     reward, used = bisect(game, low, high)
     assert reward == 1.0
     assert used <= guesses

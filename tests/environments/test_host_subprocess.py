@@ -53,6 +53,10 @@ def test_hangs_are_killed_at_the_deadline_and_bystanders_lose_nothing(monkeypatc
                 expected = [f"{seed} {count} two" for seed in range(10, 15)]
                 assert [outcome.observation for outcome in outcomes] == expected
             assert all(outcome.terminated for outcome in outcomes)
+            # The time that a process was idle does not count, and does not end the watch.
+            await asyncio.sleep(1.2)
+            await play_to_the_end(host, seed=1)
+            await asyncio.sleep(0.5)
             failure = await failure_of_reset(host, reset="busy")
             assert failure.reason is DropReason.STEP_TIMEOUT
 

@@ -5,7 +5,6 @@ import copy
 from collections.abc import Callable
 
 import pytest
-import torch
 
 from skyrl_async.environments.base import EnvironmentFailure
 from skyrl_async.environments.host import EnvironmentHost
@@ -254,7 +253,7 @@ def test_death_of_the_engine_surfaces_in_the_waiting_poll_and_in_every_later_one
         await blocked.wait()
         engine.die(ValueError("the weights are gone"))
         for poll in (polling, actor.poll(wait_s=LONG_S)):
-            with pytest.raises(RuntimeError, match="rollout actor.*the weights are gone"):
+            with pytest.raises(RuntimeError, match=r"rollout actor.*the weights are gone"):
                 await poll
         await actor.close()
         assert sessions.all_closed and sorted(engine.released) == ["0-0", "0-1"]
@@ -362,8 +361,7 @@ def test_evaluation_keeps_its_version_while_the_training_engine_swaps():
         assert training.policy_version == 1 and len(swaps) == 1
         return results, replies
 
-    with torch.random.fork_rng(devices=[]):
-        results, replies = run(body)
+    results, replies = run(body)
 
     assert [result.policy_version for result in results] == [0, 0]
     assert replies[0] == replies[1]
@@ -379,7 +377,7 @@ def test_death_of_the_evaluation_engine_ends_the_evaluation_alone():
         sessions = FakeSessions(one_turn)
         training = FakeEngine(lambda call: [EIGHT, STOP])
         actor = start(make_actor(training, sessions, evaluation_engine=lambda: evaluation))
-        with pytest.raises(RuntimeError, match="no memory|engine stopped"):
+        with pytest.raises(RuntimeError, match=r"evaluation engine: ValueError\('no memory'\)"):
             await actor.evaluate([task(0), task(1)])
         assert sessions.all_closed and len(evaluation.released) == 2
         actor.submit(assignments(9))

@@ -155,9 +155,7 @@ def test_trajectory_has_exactly_the_tokens_that_the_engine_got_and_gave():
     session = FakeSession("guess", outcome("a"), outcome("b"), outcome(terminated=True))
     engine = FakeEngine(in_order(*replies), context_length=500)
 
-    trajectory = run(
-        lambda: played(session, engine, chat=chat, context_length=500, max_tokens=7)
-    )
+    trajectory = run(lambda: played(session, engine, chat=chat, context_length=500, max_tokens=7))
 
     assert session.replies == ["higher"] * 3
     generations = [call.generation for call in engine.calls]
@@ -330,9 +328,7 @@ def test_logprobs_are_those_of_a_forward_pass_over_the_whole_trajectory():
                         sampling=Sampling(
                             max_tokens=3, temperature=0.7, stop_token_ids=CHAT.stop_token_ids
                         ),
-                        limits=EpisodeLimits(
-                            max_turns=16, context_length=64, timeout_s=DEADLINE_S
-                        ),
+                        limits=EpisodeLimits(max_turns=16, context_length=64, timeout_s=DEADLINE_S),
                     )
                     for i in range(4)
                 )

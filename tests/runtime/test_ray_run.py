@@ -59,7 +59,7 @@ def test_two_actors_and_two_ranks_train_and_leave_no_process(tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("class_name", "name"),
-    [("RayRolloutActor", "rollout actor 0"), ("RayLearnerRank", "training")],
+    [("RayRolloutActor", "rollout actor 0"), ("RayLearnerRank", "learner 0")],
 )
 def test_a_worker_that_dies_ends_the_run_with_its_name(tmp_path: Path, class_name: str, name: str):
     folder = tmp_path / "run"
