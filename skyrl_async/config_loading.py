@@ -337,10 +337,10 @@ def _prefixes(path: Sequence[Any]) -> Iterator[str]:
 
 
 def _assign(values: dict[str, Any], path: KeyPath, value: Any) -> None:
-    """Set a value in nested mappings; those on the way are copied, for aliases may share them."""
+    """Set a value in nested mappings; what is no mapping on the way becomes one."""
     for part in path[:-1]:
-        inner = values.get(part)
-        values[part] = dict(inner) if isinstance(inner, dict) else {}
+        if not isinstance(values.get(part), dict):
+            values[part] = {}
         values = values[part]
     values[path[-1]] = value
 

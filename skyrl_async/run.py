@@ -114,25 +114,19 @@ class _Run:
         self._metrics: RunMetrics | None = None
         self._recorder: Recorder | None = None
         self._workers: Mapping[str, Any] = {}
+        self._task: asyncio.Task[None] | None = None
+        self._stopped_by = signal.SIGINT
 
     async def run(self) -> int:
-        body = asyncio.create_task(self._body())
-        stopped_by: list[signal.Signals] = []
-
-        def stop(number: signal.Signals) -> None:
-            stopped_by.append(number)
-            body.cancel()
-
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, stop, number)
+        self._task = asyncio.create_task(self._body())
+        self._listen_to_signals()
         error = ""
         try:
-            await body
+            await self._task
             status, code = "finished", FINISHED
         except asyncio.CancelledError:
             status = "interrupted"
-            code = 128 + (stopped_by[0] if stopped_by else signal.SIGINT)
+            code = 128 + self._stopped_by
         except Exception as failure:
             status, code, error = "failed", FAILED, str(failure) or repr(failure)
             logger.error("run failed: %s", error, exc_info=not isinstance(failure, WorkerFailed))
@@ -143,6 +137,8 @@ class _Run:
         runtime = _make_runtime(self._config, folder=self._folder.path)
         try:
             self._workers = await runtime.start(self._console.status)
+            # Ray takes the signals for itself when it starts.
+            self._listen_to_signals()
             self._startup_seconds = time.monotonic() - self._started_s
             self._console.status("playing the first episodes")
             await self._train(runtime)
@@ -151,6 +147,16 @@ class _Run:
             closing = asyncio.ensure_future(runtime.close())
             with contextlib.suppress(TimeoutError, asyncio.CancelledError):
                 await asyncio.wait_for(asyncio.shield(closing), CLOSE_TIMEOUT_S)
+
+    def _listen_to_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._stop, number)
+
+    def _stop(self, number: signal.Signals) -> None:
+        self._stopped_by = number
+        if self._task is not None:
+            self._task.cancel()
 
     async def _train(self, runtime: Runtime) -> None:
         config = self._config

@@ -1,4 +1,13 @@
-"""Packing: sequences share rows of one length, so that next to nothing is computed on padding.
+"""Packing: sequences share rows of one length, and tokens of a common beginning are computed once.
+
+Sequences that begin alike, such as the members of a group with their prompt, become a tree in one
+row: a token of which several sequences have the same context, itself included, is there once, and
+attention goes from a token to its ancestors. The logprobs and the gradient are those of every
+sequence alone. For example, two replies ``7 .`` and ``5 .`` to the prompt ``u m a``::
+
+    token_ids     u m a 5 7      the last token of each sequence predicts nothing and is left out
+    position_ids  0 1 2 3 3
+    subtree_ends  5 5 5 4 5      ``5`` (at index 3) is seen by nothing at or after index 4
 
 Shapes: ``N`` rows, ``R`` tokens per row, ``L`` loss tokens of a microbatch.
 """
@@ -11,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from skyrl_async.types import TrainSequence
@@ -28,7 +38,8 @@ class Microbatch:
     Attributes:
         token_ids: ``[N, R]`` int64.
         position_ids: ``[N, R]`` int64, counted from the start of each sequence.
-        sequence_ids: ``[N, R]`` int64, the sequence of the row that a token is of; -1 is padding.
+        subtree_ends: ``[N, R]`` int64, index in the row after the last token that has this one in
+            its context; after itself for a token that only sees itself, as padding does.
         source: ``[L]`` int64, index into ``N * R`` of the token *before* each loss token, whose
             logits predict it.
         targets: ``[L]`` int64, the loss tokens.
@@ -41,7 +52,7 @@ class Microbatch:
 
     token_ids: Tensor
     position_ids: Tensor
-    sequence_ids: Tensor
+    subtree_ends: Tensor
     source: Tensor
     targets: Tensor
     behavior_logprobs: Tensor
@@ -56,16 +67,11 @@ class Microbatch:
         return self.targets.numel()
 
     def attention_mask(self) -> Tensor:
-        """Return ``[N, 1, R, R]`` bool: causal within a sequence, nothing between sequences.
-
-        A padding token attends to itself, so that no row of the softmax is empty.
-        """
-        ids = self.sequence_ids
-        same = (ids.unsqueeze(2) == ids.unsqueeze(1)) & (ids >= 0).unsqueeze(1)
-        length = ids.shape[1]
-        causal = torch.ones(length, length, dtype=torch.bool).tril()
-        diagonal = torch.eye(length, dtype=torch.bool)
-        return ((same & causal) | diagonal).unsqueeze(1)
+        """Return ``[N, 1, R, R]`` bool: from every token to itself and its ancestors."""
+        index = torch.arange(self.token_ids.shape[1])
+        causal = index <= index.unsqueeze(1)
+        inside = index.unsqueeze(1) < self.subtree_ends.unsqueeze(1)
+        return (causal & inside).unsqueeze(1)
 
 
 def fill_rows(lengths: Sequence[int], *, row_tokens: int) -> list[list[int]]:
@@ -102,81 +108,158 @@ def split_evenly(lengths: Sequence[int], *, num_parts: int) -> list[list[int]]:
     return parts
 
 
+@dataclass(frozen=True, slots=True)
+class _Branch:
+    """One sequence of a tree.
+
+    Attributes:
+        sequence: what it is of.
+        num_context: tokens of it that predict a loss token, or precede one that does.
+        num_shared: of these, the ones that the branch before it has too.
+    """
+
+    sequence: TrainSequence
+    num_context: int
+    num_shared: int = 0
+
+    @property
+    def num_new(self) -> int:
+        """Tokens that it adds to its tree."""
+        return self.num_context - self.num_shared
+
+
 def pack(
     sequences: Sequence[TrainSequence],
     *,
     tokens_per_microbatch: int,
     dtype: torch.dtype = torch.float32,
 ) -> list[Microbatch]:
-    """Pack sequences into microbatches of about ``tokens_per_microbatch`` tokens.
+    """Pack sequences into microbatches of about ``tokens_per_microbatch`` computed tokens.
 
-    Every token of every sequence is in exactly one microbatch. No sequences give no microbatches.
+    Every loss token of every sequence is in exactly one microbatch. Beginnings are merged unless
+    rows of separate sequences are fewer. No sequences give no microbatches.
 
     Args:
-        sequences: in any order.
+        sequences: in any order, each with a loss token.
         tokens_per_microbatch: rows are added to a microbatch up to this many tokens; one row is
             allowed even if it is longer.
         dtype: of the floating-point tensors.
     """
     if not sequences:
         return []
-    lengths = [len(s.token_ids) for s in sequences]
-    row_tokens = max(MIN_ROW_TOKENS, *lengths)
-    rows = fill_rows(lengths, row_tokens=row_tokens)
+    branches = [_Branch(s, int(np.flatnonzero(s.loss_mask)[-1])) for s in sequences]
+    row_tokens = max(MIN_ROW_TOKENS, *(branch.num_context for branch in branches))
+    merged = _fill(_grow_trees(branches, max_tokens=row_tokens), row_tokens=row_tokens)
+    separate = _fill([[branch] for branch in branches], row_tokens=row_tokens)
+    rows = min(merged, separate, key=len)
     rows_each = max(1, tokens_per_microbatch // row_tokens)
-    microbatches = []
-    for start in range(0, len(rows), rows_each):
-        chunk = [[sequences[i] for i in row] for row in rows[start : start + rows_each]]
-        width = max(sum(len(s.token_ids) for s in row) for row in chunk)
-        microbatches.append(_to_tensors(chunk, width=width, dtype=dtype))
-    return microbatches
+    return [
+        _to_tensors(rows[start : start + rows_each], dtype=dtype)
+        for start in range(0, len(rows), rows_each)
+    ]
 
 
-def _to_tensors(rows: list[list[TrainSequence]], *, width: int, dtype: torch.dtype) -> Microbatch:
-    """Lay out rows of sequences ``[N, width]`` and gather their loss tokens."""
+def _grow_trees(branches: Sequence[_Branch], *, max_tokens: int) -> list[list[_Branch]]:
+    """Merge branches into trees; in each, they are sorted by their tokens.
+
+    Sorted so, a branch shares no more with any other one before it than with the one just before.
+    """
+    big_endian = [b.sequence.token_ids[: b.num_context].astype(">i4") for b in branches]
+    keys = [ids.tobytes() for ids in big_endian]
+    trees: list[list[_Branch]] = []
+    room = 0
+    before = big_endian[0][:0]
+    for index in sorted(range(len(branches)), key=keys.__getitem__):
+        branch = branches[index]
+        shared = _common_length(before, big_endian[index])
+        if not shared or branch.num_context - shared > room:
+            trees.append([])
+            room, shared = max_tokens, 0
+        branch = _Branch(branch.sequence, branch.num_context, shared)
+        trees[-1].append(branch)
+        room -= branch.num_new
+        before = big_endian[index]
+    return trees
+
+
+def _common_length(a: NDArray[np.integer], b: NDArray[np.integer]) -> int:
+    length = min(len(a), len(b))
+    differs = a[:length] != b[:length]
+    return int(differs.argmax()) if differs.any() else length
+
+
+def _fill(trees: Sequence[list[_Branch]], *, row_tokens: int) -> list[list[_Branch]]:
+    sizes = [sum(branch.num_new for branch in tree) for tree in trees]
+    rows = fill_rows(sizes, row_tokens=row_tokens)
+    return [[branch for tree in row for branch in trees[tree]] for row in rows]
+
+
+def _to_tensors(rows: Sequence[list[_Branch]], *, dtype: torch.dtype) -> Microbatch:
+    """Lay out trees ``[N, width]`` and gather their loss tokens."""
+    width = max(sum(branch.num_new for branch in row) for row in rows)
     shape = (len(rows), width)
     token_ids = np.zeros(shape, np.int64)
     positions = np.zeros(shape, np.int64)
-    ids = np.full(shape, -1, np.int64)
-    parts: dict[str, list[Any]] = {
-        name: []
-        for name in (
-            *("source", "targets", "behavior", "advantages"),
-            *("versions", "prefix", "temperature"),
-        )
-    }
+    ends = np.tile(np.arange(1, width + 1), (len(rows), 1))
+    places: list[NDArray[np.int64]] = []
     for n, row in enumerate(rows):
-        start = 0
-        for s, sequence in enumerate(row):
-            length = len(sequence.token_ids)
-            span = slice(start, start + length)
-            token_ids[n, span] = sequence.token_ids
-            positions[n, span] = np.arange(length)
-            ids[n, span] = s
-            where = np.flatnonzero(sequence.loss_mask)
-            parts["source"].append(where + (n * width + start - 1))
-            parts["targets"].append(sequence.token_ids[where])
-            parts["behavior"].append(sequence.behavior_logprobs[where])
-            parts["advantages"].append(sequence.advantages[where])
-            versions = sequence.policy_versions
-            oldest = np.minimum.accumulate(np.where(versions < 0, _NEWEST, versions))
-            parts["versions"].append(versions[where])
-            parts["prefix"].append(oldest[where])
-            parts["temperature"].append(np.full(len(where), sequence.temperature))
-            start += length
-
-    def gathered(name: str, as_type: torch.dtype) -> Tensor:
-        return torch.from_numpy(np.concatenate(parts[name])).to(as_type)
-
+        stop = 0
+        path = np.zeros(0, np.int64)
+        for branch in row:
+            start, stop = stop, stop + branch.num_new
+            first, last = branch.num_shared, branch.num_context
+            path = np.concatenate([path[:first], np.arange(start, stop)])
+            token_ids[n, start:stop] = branch.sequence.token_ids[first:last]
+            positions[n, start:stop] = np.arange(first, last)
+            ends[n, path] = stop
+            places.append(path + n * width)
+    loss = _loss_tokens([branch for row in rows for branch in row], places)
+    floats = {name: torch.from_numpy(loss[name]).to(dtype) for name in _FLOATS}
+    longs = {name: torch.from_numpy(loss[name]).to(torch.int64) for name in _LONGS}
     return Microbatch(
         token_ids=torch.from_numpy(token_ids),
         position_ids=torch.from_numpy(positions),
-        sequence_ids=torch.from_numpy(ids),
-        source=gathered("source", torch.int64),
-        targets=gathered("targets", torch.int64),
-        behavior_logprobs=gathered("behavior", dtype),
-        advantages=gathered("advantages", dtype),
-        policy_versions=gathered("versions", torch.int64),
-        prefix_versions=gathered("prefix", torch.int64),
-        temperature=gathered("temperature", dtype),
+        subtree_ends=torch.from_numpy(ends),
+        **longs,
+        **floats,
     )
+
+
+_FLOATS = ("behavior_logprobs", "advantages", "temperature")
+_LONGS = ("source", "targets", "policy_versions", "prefix_versions")
+
+
+def _loss_tokens(
+    branches: Sequence[_Branch], places: Sequence[NDArray[np.int64]]
+) -> dict[str, NDArray[Any]]:
+    """Return the arrays of a microbatch that have one value per loss token.
+
+    Args:
+        branches: of all rows.
+        places: of the context of each branch, as indices into the rows laid end to end.
+    """
+
+    def predicted(name: str) -> NDArray[Any]:
+        return np.concatenate([getattr(b.sequence, name)[1 : b.num_context + 1] for b in branches])
+
+    lengths = [branch.num_context for branch in branches]
+    where = np.flatnonzero(predicted("loss_mask"))
+    versions = predicted("policy_versions")
+    sampled = np.where(versions < 0, _NEWEST, versions)
+    temperatures = np.repeat([branch.sequence.temperature for branch in branches], lengths)
+    return {
+        "source": np.concatenate(places)[where],
+        "targets": predicted("token_ids")[where],
+        "behavior_logprobs": predicted("behavior_logprobs")[where],
+        "advantages": predicted("advantages")[where],
+        "temperature": temperatures[where],
+        "policy_versions": versions[where],
+        "prefix_versions": _minima_so_far(sampled, lengths)[where],
+    }
+
+
+def _minima_so_far(values: NDArray[np.integer], lengths: Sequence[int]) -> NDArray[np.int64]:
+    """Return the cumulative minimum of int32 values, anew in each segment of ``lengths``."""
+    # Every segment is moved below the one before it.
+    offsets = np.repeat(np.arange(len(lengths)) << 32, lengths)
+    return np.minimum.accumulate(values - offsets) + offsets

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 
-from tests.coordination.world import LARGEST_GROUP_BYTES, World, WorldConfig
+from tests.coordination.groups import LARGEST_GROUP_BYTES
+from tests.coordination.world import World, WorldConfig
 
 
 def random_config(rng: random.Random, **fixed) -> WorldConfig:
@@ -42,9 +43,9 @@ def play(world: World, rng: random.Random, *, num_events: int) -> None:
         "skip": 0.4,
         "resume": 0.05,
         "drain": 0.05,
-        "cycle": 5,
+        "cycle": 15,
     }
-    straggler_rate = rng.choice([0.0, 0.2, 0.5])
+    straggler_rate = rng.choice([0.0, 0.3, 0.6])
     names = list(events)
     weights = [weight * rng.choice([0.2, 1, 1, 3]) for weight in events.values()]
     for _ in range(num_events):
@@ -66,7 +67,7 @@ def happen(world: World, rng: random.Random, event: str, straggler_rate: float) 
     elif event == "finish":
         for group_id in running:
             slow = group_id % 10 < 10 * straggler_rate
-            if rng.random() < (0.05 if slow else 0.7):
+            if rng.random() < (0.15 if slow else 0.7):
                 if engines:
                     world.generate(group_id, rng.choice(engines), 1)
                 world.finish(group_id, rng.choice([0, 0, 0, 1]))

@@ -34,7 +34,7 @@ def test_the_three_rules_pay_in_different_coin():
 def test_pace_drops_nothing_and_never_stops(max_staleness):
     for seed in range(2):
         scenario = Scenario(
-            rule="pace", max_staleness=max_staleness, trained_tokens=10_000, seed=seed
+            rule="pace", max_staleness=max_staleness, trained_tokens=6_000, seed=seed
         )
         outcome = Simulation(scenario).run()
 

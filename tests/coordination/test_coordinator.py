@@ -252,6 +252,25 @@ def test_slots_of_dropped_groups_are_used_again():
     assert run.metrics.summary()["dropped"] == {"environment_error": num_dropped}
 
 
+def test_slot_of_a_group_that_went_stale_is_used_at_once():
+    """Group 3 ends too late for step 2; groups 6 and 7 only end when group 8 has its slot."""
+
+    def finish(assignment, version):
+        group_id = assignment.group_id
+        if group_id == 3:
+            return two_member_group(assignment, 0) if version == 2 else None
+        if group_id in (6, 7) and 8 not in run.workers[0].in_flight:
+            return None
+        return two_member_group(assignment, version)
+
+    run = make_run(bound=1, steps=3, workers=[{"finish": finish}])
+    go(run)
+
+    assert run.learner.steps == 3
+    assert run.ledger.counts().dropped == {DropReason.STALE: 1}
+    assert run.metrics.summary()["dropped"] == {"stale": 1}
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_worker_whose_poll_fails_ends_the_run_under_its_name(name):
     run = make_run()
@@ -423,17 +442,23 @@ def test_without_a_period_only_the_last_version_is_evaluated():
 
 
 def test_training_goes_on_during_an_evaluation():
-    """The first evaluation ends only after two further steps; one that is due then is left out."""
+    """The first evaluation ends after the last step; those that are due meanwhile are left out."""
 
     async def body():
         third_step = asyncio.Event()
+        evaluating: list[int] = []
 
         async def during(step):
             if step == 3:
                 third_step.set()
 
         async def reward(version):
+            evaluating.append(version)
+            assert len(evaluating) == 1, "one evaluation at a time"
             await third_step.wait()
+            for _ in range(100):  # until the training would be over
+                await asyncio.sleep(0)
+            evaluating.remove(version)
             return 0.5
 
         run = make_run(
@@ -448,9 +473,9 @@ def test_training_goes_on_during_an_evaluation():
 
     run = asyncio.run(body())
 
-    before_third_step = run.events[: run.place("step", 2)]
-    assert [event[0] for event in before_third_step].count("evaluate") == 1
-    assert run.learner.steps == 3 and run.metrics.summary()["eval_policy_version"] == 3
+    (_, _, first), (_, _, last) = run.happened("evaluate")
+    assert run.place("evaluate", NAMES[0], first) < run.place("step", 2)
+    assert (run.learner.steps, last) == (3, 3)
 
 
 def test_reaching_the_reward_of_an_evaluation_ends_the_run():
@@ -477,11 +502,13 @@ def test_reaching_the_reward_of_an_evaluation_ends_the_run():
 
 
 def test_reaching_the_reward_ends_the_wait_for_a_batch():
-    """The evaluation ends while no batch can come, because the other groups never finish."""
+    """The evaluation ends when nothing else can happen: no group in flight ever finishes."""
 
     async def body():
         async def reward(version):
-            while run.ledger.counts().buffered or run.learner.stepping:
+            while run.ledger.counts().in_flight < 3 * BATCH or not run.workers[0].polling:
+                await asyncio.sleep(0)
+            for _ in range(10):  # the train loop looks at the last report, and waits again
                 await asyncio.sleep(0)
             return 1.0
 
@@ -489,6 +516,7 @@ def test_reaching_the_reward_ends_the_wait_for_a_batch():
             return two_member_group(assignment, version) if assignment.group_id < BATCH else None
 
         run = make_run(
+            bound=2,
             steps=50,
             workers=[{"evaluate": reward, "finish": finish}],
             evaluation_every_steps=1,
@@ -523,6 +551,26 @@ def test_failed_evaluation_ends_the_run_under_the_name_of_its_worker(every, eval
     assert failure(run) == expected
 
 
+def test_evaluation_that_fails_beside_the_training_is_not_forgotten():
+    evaluations = []
+
+    async def fail_once(version):
+        evaluations.append(version)
+        if len(evaluations) == 1:
+            raise RuntimeError("no memory")
+        return 0.5
+
+    run = make_run(
+        steps=20,
+        workers=[{"evaluate": fail_once}],
+        evaluation_every_steps=2,
+        evaluation_tasks=HELDOUT,
+    )
+
+    assert failure(run) == f"{NAMES[0]}: no memory"
+    assert len(evaluations) == 1 and run.learner.steps < 20
+
+
 def test_last_weights_that_never_become_live_end_the_run():
     run = make_run(
         bound=5,
@@ -535,7 +583,7 @@ def test_last_weights_that_never_become_live_end_the_run():
     assert failure(run) == "training: waited 0.02 s for the last weights to become live"
 
 
-@pytest.mark.parametrize("while_", ["waiting", "stepping", "evaluating"])
+@pytest.mark.parametrize("while_", ["waiting", "stepping", "evaluating", "evaluating beside"])
 def test_cancelled_run_ends_all_loops(while_):
     async def body():
         reached = asyncio.Event()
@@ -545,15 +593,18 @@ def test_cancelled_run_ends_all_loops(while_):
             await forever()
 
         def finish(assignment, version):
-            if while_ != "waiting":
-                return two_member_group(assignment, version)
-            reached.set()
-            return None
+            if while_ == "waiting":
+                reached.set()
+                return None
+            if while_ == "evaluating beside" and assignment.group_id >= BATCH:
+                return None
+            return two_member_group(assignment, version)
 
         run = make_run(
             workers=[{"finish": finish, "evaluate": hang}, {"finish": finish}],
             learner={"during": hang} if while_ == "stepping" else {},
-            evaluation_tasks=HELDOUT if while_ == "evaluating" else (),
+            evaluation_every_steps=int(while_ == "evaluating beside"),
+            evaluation_tasks=HELDOUT if while_.startswith("evaluating") else (),
         )
         running = asyncio.create_task(run.coordinator.run())
         async with asyncio.timeout(DEADLINE_S):

@@ -7,7 +7,7 @@ from skyrl_async.coordination.ledger import GroupLedger, LedgerState
 from skyrl_async.coordination.staleness import StalenessRule
 from skyrl_async.replay.buffer import ReplayBuffer
 from skyrl_async.types import DroppedGroup, DropReason
-from tests.coordination.world import LARGEST_GROUP_BYTES, make_group
+from tests.coordination.groups import LARGEST_GROUP_BYTES, make_group
 
 
 def make_ledger(

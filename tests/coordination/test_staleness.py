@@ -16,7 +16,7 @@ from skyrl_async.coordination.staleness import (
     pace_allows,
     staleness,
 )
-from tests.coordination.world import make_group
+from tests.coordination.groups import make_group
 
 
 def test_staleness_is_a_difference_of_versions():

@@ -96,8 +96,8 @@ class Troublesome:
             return TROUBLES[action]()
         if action in ANSWERS:
             return ANSWERS[action]
-        if action == "slow":
-            time.sleep(1.0)
+        while action.startswith("wait for ") and not os.path.exists(action[len("wait for ") :]):
+            time.sleep(0.01)
         return f"{self._seed} {self._count} {action}", 1.0, self._count == 3, False, {}
 
     def close(self):

@@ -92,15 +92,18 @@ def test_episodes_leave_a_process_that_is_stuck_long_before_the_deadline(num_pro
     asyncio.run(main())
 
 
-def test_a_call_that_is_only_slow_is_answered():
+def test_a_call_that_is_only_slow_is_answered(tmp_path):
+    file = tmp_path / "go on"
+
     async def main():
         async with hosted("Troublesome", num_processes=1) as host:
             slow, quick = [await host.open_session(seed=seed) for seed in (1, 2)]
-            waited = asyncio.create_task(slow.step("slow"))
+            waited = asyncio.create_task(slow.step(f"wait for {file}"))
             await asyncio.sleep(0)
             assert (await quick.step("go")).observation == "2 1 go"
             assert not waited.done()
-            assert (await waited).observation == "1 1 slow"
+            file.touch()
+            assert (await waited).observation == f"1 1 wait for {file}"
             for session in (slow, quick):
                 assert (await session.step("on")).observation.endswith("2 on")
                 await session.close()

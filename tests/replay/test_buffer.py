@@ -6,7 +6,7 @@ from skyrl_async.coordination.staleness import StalenessRule
 from skyrl_async.replay.buffer import ReplayBuffer
 from skyrl_async.replay.selectors import uniform
 from skyrl_async.types import DropReason, SampledBatch, StoredGroup
-from tests.coordination.world import make_group
+from tests.coordination.groups import make_group
 
 
 def make_buffer(rule: str = "mask", *, bound: int = 2, batch: int = 2, **values) -> ReplayBuffer:

@@ -400,6 +400,13 @@ def test_programming_error_in_an_evaluation_propagates():
     run(body)
 
 
+class SlowToClose(FakeSession):
+    async def close(self):
+        for _ in range(10):
+            await asyncio.sleep(0)
+        await super().close()
+
+
 def test_cancelled_evaluation_frees_its_engine_and_environments():
     async def body(start):
         reached = asyncio.Event()
@@ -409,7 +416,7 @@ def test_cancelled_evaluation_frees_its_engine_and_environments():
             await asyncio.Event().wait()
 
         evaluation = FakeEngine(lambda call: [EIGHT, STOP])
-        sessions = FakeSessions(lambda task: FakeSession("guess", hang))
+        sessions = FakeSessions(lambda task: SlowToClose("guess", hang))
         training = FakeEngine(lambda call: [EIGHT, STOP])
         actor = make_actor(training, sessions, evaluation_engine=lambda: evaluation)
         evaluating = asyncio.create_task(actor.evaluate([task(0), task(1)]))

@@ -1,0 +1,440 @@
+"""Does publishing 50 MB of weights, over and over, slow down an engine that decodes all the time?
+
+Two processes, as in a run. One holds the embedded engine, whose thread has a core to itself. The
+other core has all the rest: the learner process (changes its weights, takes a snapshot, publishes
+it over gloo, and goes on to the next version as soon as this one is live) and the threads of the
+receiver beside the engine. In the control, the learner process keeps its core busy in a loop
+instead. Windows of both kinds alternate within one run, and the ratio is the median over pairs of
+neighboring windows, so that other programs disturb both alike.
+
+A gap is the time from the end of one decode step to the end of the next, the step included, in
+units of the control's median. Replies start at different times and prompts are short, so that no
+step has much of a prefill. On Linux's account, a gap is made of three parts: the engine's thread
+runs, is preempted (ready while other programs have its core), or is blocked (by the interpreter's
+lock, which it shares with the receiver). Figures without preemption leave the second part out.
+
+    python benchmarks/publish_stall.py --quick
+"""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import os
+import random
+import statistics
+import time
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from multiprocessing.connection import Connection
+from operator import attrgetter, getitem
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from report import finish, parse_args
+from transformers import Qwen3ForCausalLM
+
+from skyrl_async.learner.tiny_policy import build_tiny_model
+from skyrl_async.rollout.embedded_engine import EmbeddedEngine
+from skyrl_async.types import Sampling
+from skyrl_async.weight_sync.collective import CollectiveReceiver, CollectiveSender, host_store
+from skyrl_async.weight_sync.layout import WeightLayout
+from skyrl_async.weight_sync.publisher import WeightPublisher
+from skyrl_async.weight_sync.receiver import WeightReceiver
+from skyrl_async.weight_sync.snapshot import SnapshotPool
+
+Mode = Literal["publish", "spin"]
+
+THROUGHPUT_RATIO_TARGET = 0.95
+GAP_DECODE_STEPS_TARGET = 2.0
+"""Beside the swap itself."""
+PREEMPTED_FRACTION_LIMIT = 0.05
+"""Of the engine's time; above it the machine was too busy to tell."""
+
+NUM_REQUESTS, PROMPT_TOKENS = 16, 4
+NEW_TOKENS = (48, 112)
+"""Fewest and most of a reply."""
+SETTLE_S = 0.3
+WAIT_S = 60.0
+SPIN_S = 0.01
+
+
+def make_model() -> Qwen3ForCausalLM:
+    model = build_tiny_model(hidden_size=448, num_layers=7, num_heads=8)
+    return model.requires_grad_(False)
+
+
+def checksum(model: Qwen3ForCausalLM) -> int:
+    total = 0
+    for parameter in model.parameters():
+        values: Any = parameter.numpy()
+        total = zlib.crc32(values, total)
+    return total
+
+
+def learn(pipe: Connection) -> None:
+    """Publish or spin, as the last message says; answer each with version and checksum."""
+    torch.set_num_threads(1)
+    model = make_model()
+    pool = SnapshotPool(model.named_parameters())
+    sender = CollectiveSender("engine", store=host_store())
+    publisher = WeightPublisher({"engine": sender}, timeout_s=WAIT_S / 2)
+    pipe.send(sender.address)
+    version = 0
+    mode = pipe.recv()
+    while mode != "end":
+        pipe.send((version, checksum(model)))
+        while not pipe.poll():
+            if mode == "spin":
+                spin(SPIN_S)
+                continue
+            version += 1
+            for parameter in model.parameters():
+                parameter.mul_(0.999)
+            publisher.publish(pool.take(version))
+            if not publisher.wait_idle(WAIT_S) or publisher.engine_versions != {"engine": version}:
+                raise RuntimeError(f"the engine did not load policy version {version}")
+        mode = pipe.recv()
+    publisher.close()
+
+
+def spin(seconds: float) -> None:
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        pass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One decode step.
+
+    Attributes:
+        gap_s: since the previous step ended.
+        running_s: of them, on a core.
+        preempted_s: of them, ready but not on a core; 0 if the kernel does not count it.
+        tokens: sampled.
+        swaps: weights exchanged since the previous step ended.
+        swap_s: seconds of them; under ``recompute`` also of a step that recomputed contexts.
+    """
+
+    gap_s: float
+    running_s: float
+    preempted_s: float
+    tokens: int
+    swaps: int
+    swap_s: float
+
+    @property
+    def own_s(self) -> float:
+        """Seconds without preemption."""
+        return self.gap_s - self.preempted_s
+
+
+class StepLog:
+    """Writes down every decode step of an engine, from a coroutine beside it."""
+
+    def __init__(self, engine: EmbeddedEngine) -> None:
+        self._engine = engine
+        self._steps: list[Step] = []
+
+    async def run(self) -> None:
+        """Look once in every round of the event loop, which has at most one decode step."""
+        swaps, swap_s, before = 0, 0.0, read_clocks()
+        while True:
+            await asyncio.sleep(0)
+            stats = self._engine.take_stats()
+            swaps += stats.num_swaps
+            swap_s += stats.swap_stall_s
+            if not stats.decode_steps:
+                continue
+            now = read_clocks()
+            gap_s, running_s, preempted_s = (x - y for x, y in zip(now, before, strict=True))
+            self._steps.append(
+                Step(
+                    gap_s=gap_s,
+                    running_s=running_s,
+                    preempted_s=preempted_s,
+                    tokens=stats.generated_tokens,
+                    swaps=swaps,
+                    swap_s=swap_s,
+                )
+            )
+            swaps, swap_s, before = 0, 0.0, now
+
+    def take(self) -> list[Step]:
+        """Return the steps since the previous call."""
+        steps, self._steps = self._steps, []
+        return steps
+
+
+def read_clocks() -> tuple[float, float, float]:
+    """Return the time, and how long this thread has run, and has been ready without a core."""
+    try:
+        ready_ns = int(Path("/proc/thread-self/schedstat").read_text().split()[1])
+    except FileNotFoundError:
+        ready_ns = 0
+    return time.perf_counter(), time.thread_time(), ready_ns / 1e9
+
+
+class Bench:
+    """The engine's process: engine, requests, receiver, and the pipe to the learner.
+
+    Args:
+        pipe: to the learner.
+        kv_after_swap: ``keep`` or ``recompute``.
+        receiver_cpus: of the receiver's threads; the calling thread is the engine's.
+    """
+
+    def __init__(self, pipe: Connection, kv_after_swap: Any, *, receiver_cpus: set[int]) -> None:
+        self._pipe = pipe
+        self._receiver_cpus = receiver_cpus
+        self._model = make_model()
+        self._engine = EmbeddedEngine(
+            self._model,
+            max_concurrent=NUM_REQUESTS,
+            context_length=PROMPT_TOKENS + NEW_TOKENS[1],
+            kv_after_swap=kv_after_swap,
+        )
+        self._log = StepLog(self._engine)
+
+    async def measure(self, *, pairs: int, window_s: float) -> list[dict[Mode, list[Step]]]:
+        """Return the decode steps of each pair of windows."""
+        receiver = self._connect(asyncio.get_running_loop(), await self._told())
+        serving = [
+            asyncio.create_task(work)
+            for work in (
+                self._engine.run(),
+                self._log.run(),
+                *(self._ask(str(index)) for index in range(NUM_REQUESTS)),
+            )
+        ]
+        measured = []
+        try:
+            # Makes the pair's group and the staging buffers, and sets the requests apart in time.
+            await self._window("publish", window_s, serving)
+            for index in range(pairs):
+                order: tuple[Mode, Mode] = ("spin", "publish")
+                windows = {
+                    mode: await self._window(mode, window_s, serving)
+                    for mode in (order if index % 2 else order[::-1])
+                }
+                measured.append(windows)
+            version, expected = await self._switch("spin")
+        finally:
+            for task in serving:
+                task.cancel()
+            await asyncio.gather(*serving, return_exceptions=True)
+            self._pipe.send("end")
+            receiver.close()
+        if (self._engine.policy_version, checksum(self._model)) != (version, expected):
+            raise RuntimeError(f"the engine's weights are not those of policy version {version}")
+        return measured
+
+    def _connect(self, loop: asyncio.AbstractEventLoop, address: Any) -> WeightReceiver:
+        def load(weights: Mapping[str, torch.Tensor], policy_version: int) -> None:
+            loading = self._engine.load_weights(weights, policy_version=policy_version)
+            asyncio.run_coroutine_threadsafe(loading, loop).result(WAIT_S)
+
+        expected = WeightLayout.of(self._model.named_parameters())
+        transport = CollectiveReceiver(address, expected=expected, policy_version=0)
+        return WeightReceiver(transport, load, cpus=self._receiver_cpus)
+
+    async def _ask(self, name: str) -> None:
+        rng = random.Random(name)
+        number = 0
+        while True:
+            number += 1
+            await self._engine.generate(
+                rng.choices(range(64), k=PROMPT_TOKENS),
+                Sampling(max_tokens=rng.randint(*NEW_TOKENS)),
+                request_id=f"{name}/{number}",
+            )
+
+    async def _window(
+        self, mode: Mode, window_s: float, serving: Sequence[asyncio.Task[None]]
+    ) -> list[Step]:
+        await self._switch(mode)
+        await asyncio.sleep(SETTLE_S)
+        self._log.take()
+        await asyncio.sleep(window_s)
+        for task in serving:
+            if task.done():
+                raise RuntimeError("the engine or a request ended") from task.exception()
+        return self._log.take()
+
+    async def _switch(self, mode: Mode) -> tuple[int, int]:
+        """Return version and checksum of the weights that the learner has published so far."""
+        self._pipe.send(mode)
+        return await self._told()
+
+    async def _told(self) -> Any:
+        deadline = time.monotonic() + WAIT_S
+        while not self._pipe.poll():
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"the learner process said nothing for {WAIT_S:.0f} s")
+            await asyncio.sleep(0.001)
+        return self._pipe.recv()
+
+
+def measure(kv_after_swap: str, cpus: tuple[int, int], **amount: Any) -> dict[str, Any]:
+    """Return the row of one treatment of the KV cache."""
+    engine_cpu, other_cpu = cpus
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    learner = context.Process(target=learn, args=(theirs,), daemon=True)
+    os.sched_setaffinity(0, {other_cpu})
+    learner.start()
+    theirs.close()
+    os.sched_setaffinity(0, {engine_cpu})
+    try:
+        bench = Bench(ours, kv_after_swap, receiver_cpus={other_cpu})
+        windows = asyncio.run(bench.measure(**amount))
+        learner.join(WAIT_S)
+    finally:
+        learner.kill()
+    return {"kv_after_swap": kv_after_swap, **evaluate(windows)}
+
+
+def evaluate(windows: Sequence[Mapping[Mode, Sequence[Step]]]) -> dict[str, Any]:
+    publishing = [step for pair in windows for step in pair["publish"]]
+    control = [step for pair in windows for step in pair["spin"]]
+    longest = max(publishing, key=attrgetter("gap_s"))
+    swaps = [step.swap_s for step in publishing if step.swaps]
+    publishes_per_s = sum(step.swaps for step in publishing) / total(publishing, "gap_s")
+    size_bytes = WeightLayout.of(make_model().named_parameters()).size_bytes
+    return {
+        **compare(windows, publishing, control, seconds="gap_s"),
+        "unpreempted": compare(windows, publishing, control, seconds="own_s"),
+        "longest_gap_swap_ms": 1e3 * longest.swap_s,
+        "longest_gap_preempted_ms": 1e3 * longest.preempted_s,
+        "swap_ms_median": 1e3 * statistics.median(swaps),
+        "swap_ms_max": 1e3 * max(swaps),
+        "publishes_per_s": publishes_per_s,
+        "megabytes_per_s": publishes_per_s * size_bytes / 1e6,
+        "megabytes": size_bytes / 1e6,
+        "versions_loaded": len(swaps),
+        "time": {"publish": time_parts(publishing), "control": time_parts(control)},
+    }
+
+
+def compare(
+    windows: Sequence[Mapping[Mode, Sequence[Step]]],
+    publishing: Sequence[Step],
+    control: Sequence[Step],
+    *,
+    seconds: str,
+) -> dict[str, float]:
+    """Return figures in terms of the attribute ``seconds`` of the steps."""
+    gap_s = attrgetter(seconds)
+    rates = [
+        {mode: total(steps, "tokens") / total(steps, seconds) for mode, steps in pair.items()}
+        for pair in windows
+    ]
+    decode_step_s = statistics.median(map(gap_s, control))
+    longest_s = max(map(gap_s, publishing))
+    return {
+        "throughput_ratio": statistics.median(pair["publish"] / pair["spin"] for pair in rates),
+        "tokens_per_s": statistics.median(pair["publish"] for pair in rates),
+        "control_tokens_per_s": statistics.median(pair["spin"] for pair in rates),
+        "decode_step_ms": 1e3 * decode_step_s,
+        "longest_gap_ms": 1e3 * longest_s,
+        "longest_gap_decode_steps": longest_s / decode_step_s,
+        "control_longest_gap_decode_steps": max(map(gap_s, control)) / decode_step_s,
+    }
+
+
+def time_parts(steps: Sequence[Step]) -> dict[str, float]:
+    """Return milliseconds of the mean decode step by part."""
+    parts = {
+        "running_ms": total(steps, "running_s"),
+        "preempted_ms": total(steps, "preempted_s"),
+        "blocked_ms": total(steps, "own_s") - total(steps, "running_s"),
+    }
+    return {name: 1e3 * seconds / len(steps) for name, seconds in parts.items()}
+
+
+def total(steps: Sequence[Step], attribute: str) -> float:
+    return sum(map(attrgetter(attribute), steps))
+
+
+def find_misses(row: Mapping[str, Any]) -> list[str]:
+    misses = []
+    own = row["unpreempted"]
+    if row["throughput_ratio"] < THROUGHPUT_RATIO_TARGET:
+        misses.append(
+            f"throughput_ratio {row['throughput_ratio']:.3f} is below {THROUGHPUT_RATIO_TARGET} "
+            f"({own['throughput_ratio']:.3f} without preemption by other programs)"
+        )
+    limit = GAP_DECODE_STEPS_TARGET + row["longest_gap_swap_ms"] / row["decode_step_ms"]
+    if row["longest_gap_decode_steps"] > limit:
+        misses.append(
+            f"longest_gap_decode_steps {row['longest_gap_decode_steps']:.2f} is above {limit:.2f}, "
+            "two decode steps and the swap "
+            f"({row['control_longest_gap_decode_steps']:.2f} in the control; other programs took "
+            f"{row['longest_gap_preempted_ms']:.0f} of its {row['longest_gap_ms']:.0f} ms)"
+        )
+    for mode, parts in row["time"].items():
+        fraction = parts["preempted_ms"] / sum(parts.values())
+        if fraction > PREEMPTED_FRACTION_LIMIT:
+            misses.append(
+                f"the engine lost its core for {fraction:.0%} of the time ({mode}) to other "
+                "programs: only the figures without preemption tell of publishing"
+            )
+    return misses
+
+
+def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
+    print(f"{rows[0]['megabytes']:.1f} MB of weights, {NUM_REQUESTS} requests")
+    print(f"{'KV after swap':<44}" + "".join(f"{row['kv_after_swap']:>12}" for row in rows))
+    for label, place, digits in (
+        ("tokens/s while publishing", ("tokens_per_s",), 0),
+        ("tokens/s in the control", ("control_tokens_per_s",), 0),
+        ("ratio, median of pairs", ("throughput_ratio",), 3),
+        ("  without preemption by other programs", ("unpreempted", "throughput_ratio"), 3),
+        ("decode step, median ms", ("decode_step_ms",), 2),
+        ("longest gap, ms", ("longest_gap_ms",), 1),
+        ("longest gap, decode steps", ("longest_gap_decode_steps",), 2),
+        ("  in the control", ("control_longest_gap_decode_steps",), 2),
+        ("  without preemption", ("unpreempted", "longest_gap_decode_steps"), 2),
+        ("  and in the control", ("unpreempted", "control_longest_gap_decode_steps"), 2),
+        ("swap, median ms", ("swap_ms_median",), 2),
+        ("swap, longest ms", ("swap_ms_max",), 2),
+        ("publishes/s", ("publishes_per_s",), 2),
+        ("MB/s", ("megabytes_per_s",), 0),
+        ("versions loaded", ("versions_loaded",), 0),
+        ("mean step, ms running", ("time", "publish", "running_ms"), 2),
+        ("  in the control", ("time", "control", "running_ms"), 2),
+        ("mean step, ms preempted", ("time", "publish", "preempted_ms"), 2),
+        ("  in the control", ("time", "control", "preempted_ms"), 2),
+        ("mean step, ms blocked", ("time", "publish", "blocked_ms"), 2),
+        ("  in the control", ("time", "control", "blocked_ms"), 2),
+    ):
+        cells = (f"{reduce(getitem, place, row):>12,.{digits}f}" for row in rows)
+        print(f"{label:<44}" + "".join(cells))
+
+
+def main() -> None:
+    arguments = parse_args("Decoding while 50 MB of weights are published continuously.")
+    started = time.perf_counter()
+    if not hasattr(os, "sched_setaffinity") or len(os.sched_getaffinity(0)) < 2:
+        raise SystemExit("publish_stall.py needs Linux and two cores: one for the engine alone")
+    *_, other_cpu, engine_cpu = sorted(os.sched_getaffinity(0))
+    torch.set_num_threads(1)
+    load = os.getloadavg()[0]
+    keep_pairs, recompute_pairs, window_s = (5, 2, 1.5) if arguments.quick else (20, 5, 3.0)
+    cpus = (engine_cpu, other_cpu)
+    rows = [
+        measure("keep", cpus, pairs=keep_pairs, window_s=window_s),
+        measure("recompute", cpus, pairs=recompute_pairs, window_s=window_s),
+    ]
+    print_table(rows)
+    headline = {key: value for key, value in rows[0].items() if key != "kv_after_swap"}
+    figures = {**headline, "rows": rows, "load_average_at_start": load}
+    finish("publish_stall", figures, find_misses(rows[0]), started, arguments.output)
+
+
+if __name__ == "__main__":
+    main()
