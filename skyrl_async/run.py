@@ -18,7 +18,6 @@ from skyrl_async.coordination.coordinator import (
     CoordinatorSettings,
     LearnerGroup,
     RolloutWorker,
-    WorkerFailed,
 )
 from skyrl_async.coordination.ledger import GroupLedger
 from skyrl_async.coordination.run_metrics import RunMetrics
@@ -79,7 +78,7 @@ def train(config: Config, folder: RunFolder) -> int:
         steps=config.run.steps,
         staleness_max=config.staleness.max,
         max_seconds=config.run.max_seconds,
-        run_dir=folder.path,
+        run_dir=folder.path if config.logging.tensorboard else None,
     )
     return asyncio.run(_Run(config, folder, console).run())
 
@@ -129,7 +128,8 @@ class _Run:
             code = 128 + self._stopped_by
         except Exception as failure:
             status, code, error = "failed", FAILED, str(failure) or repr(failure)
-            logger.error("run failed: %s", error, exc_info=not isinstance(failure, WorkerFailed))
+            logger.error("run failed: %s", error)
+            logger.info("where it failed", exc_info=failure)
         self._finish(status, error)
         return code
 

@@ -184,7 +184,7 @@ class Coordinator:
         """Take reports of one actor, for ever."""
         settings = self._settings
         while True:
-            async with _deadline(settings.answer_timeout_s + settings.poll_wait_s, "a report"):
+            async with _Deadline(settings.answer_timeout_s + settings.poll_wait_s, "a report"):
                 report = await worker.poll(wait_s=settings.poll_wait_s)
             self._take_report(name, report)
             await self._admit()
@@ -227,7 +227,7 @@ class Coordinator:
             assignments.setdefault(name, []).append(assignment)
         for name, batch in assignments.items():
             with _blaming(name):
-                async with _deadline(self._settings.answer_timeout_s, "new tasks to be taken"):
+                async with _Deadline(self._settings.answer_timeout_s, "new tasks to be taken"):
                     await self._rollouts[name].submit(batch)
 
     async def _train(self) -> None:
@@ -245,7 +245,7 @@ class Coordinator:
             if batch is None or self._reached_eval_reward:
                 break
             with _blaming("learner"):
-                async with _deadline(settings.step_timeout_s, "a step"):
+                async with _Deadline(settings.step_timeout_s, "a step"):
                     result = await self._learner.step(batch)
             self._finish_step(step, batch, result)
             skipped = skipped + 1 if result.skipped else 0
@@ -315,7 +315,7 @@ class Coordinator:
         """Play the held-out tasks at the version that one engine has now."""
         name, worker = next(iter(self._rollouts.items()))
         with _blaming(name):
-            async with _deadline(self._settings.evaluation_timeout_s, "an evaluation"):
+            async with _Deadline(self._settings.evaluation_timeout_s, "an evaluation"):
                 result = await worker.evaluate(self._settings.evaluation_tasks)
         self._metrics.evaluated(result)
         logger.info(
@@ -336,11 +336,13 @@ class Coordinator:
             await self._evaluation
         if not self._settings.evaluation_tasks or self._reached_eval_reward:
             return
-        async with _deadline(self._settings.answer_timeout_s, "the last weights to become live"):
+        async with _Deadline(self._settings.answer_timeout_s, "the last weights to become live"):
             while self._groups.live_version < self._policy_version:
                 self._news.clear()
                 await self._news.wait()
-        await self._evaluate()
+        last = self._metrics.last_evaluation
+        if last is None or last.policy_version != self._policy_version:
+            await self._evaluate()
 
 
 class _Deadline:
@@ -358,10 +360,6 @@ class _Deadline:
             await self._timeout.__aexit__(*error)
         except TimeoutError:
             raise TimeoutError(self._message) from None
-
-
-def _deadline(timeout_s: float, what: str) -> _Deadline:
-    return _Deadline(timeout_s, what)
 
 
 @contextlib.contextmanager

@@ -137,7 +137,11 @@ class RunMetrics:
             self._skipped_steps += 1
         else:
             trained = sum(result.staleness_counts.values())
-            self._trajectories_trained += sum(len(g.group.trajectories) for g in batch.groups)
+            self._trajectories_trained += sum(
+                trajectory.max_policy_version >= sampled.min_trainable_version
+                for sampled in batch.groups
+                for trajectory in sampled.group.trajectories
+            )
             self._tokens_trained += trained
             # Losses bias the whole run, so they are shown since its start.
             since_start = self._cost.metrics()

@@ -24,7 +24,12 @@ async def play_group(
         assignment: the task and its group id.
         group_size: number of members.
         play_member: plays one member, given its number; raises ``EnvironmentFailure`` if it fails.
+
+    Raises:
+        ValueError: if the group is too small for a group-relative advantage.
     """
+    if group_size < MIN_MEMBERS:
+        raise ValueError(f"rollout.group_size={group_size} must be >= {MIN_MEMBERS}")
     results = await asyncio.gather(
         *(play_member(assignment, member) for member in range(group_size)), return_exceptions=True
     )

@@ -128,12 +128,11 @@ def test_trees_are_not_larger_than_a_row_and_no_row_is_added_by_merging(prompts)
 
 
 def test_beginnings_are_not_merged_where_that_would_need_more_rows():
-    """In order of their tokens 40, 40, 24, 24 need three rows, by length two."""
-    short, long = [2] * 22, [3] * 38
-    sequences = sequences_of(
-        *(([1, *middle, end], [8, 9]) for middle in (short, long) for end in (4, 5))
-    )
-    assert sum(m.token_ids.shape[0] for m in pack(sequences, tokens_per_microbatch=64)) == 2
+    """Sorted by their tokens, contexts of 24, 24, 40 and 40 need three rows; separate ones two."""
+    lengths = {2: 24, 3: 24, 4: 40, 5: 40}
+    sequences = sequences_of(*(([1, *[word] * (n - 2)], [8, 9]) for word, n in lengths.items()))
+    (microbatch,) = pack(sequences, tokens_per_microbatch=8192)
+    assert microbatch.token_ids.shape == (2, 64)
 
 
 def test_the_prefix_version_is_the_oldest_so_far():
