@@ -108,6 +108,8 @@ def build_tiny_model(
         num_key_value_heads=num_heads // 2,
         head_dim=hidden_size // num_heads,
         max_position_embeddings=max_position_embeddings,
+        # Wider than usual: Adam's steps are as large at the start, so narrow weights are noise.
+        initializer_range=0.08,
         tie_word_embeddings=False,
         bos_token_id=None,
         eos_token_id=VOCABULARY.index(STOP_TOKEN),
