@@ -96,8 +96,12 @@ def trainer_config(folder: str, args: argparse.Namespace) -> GRPOConfig:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tasks", type=Path, required=True, help='JSON list of {"prompt","answer"}')
-    parser.add_argument("--steps", type=int, default=120, help="optimizer steps of 256 trajectories")
+    parser.add_argument(
+        "--tasks", type=Path, required=True, help='JSON list of {"prompt","answer"}'
+    )
+    parser.add_argument(
+        "--steps", type=int, default=120, help="optimizer steps of 256 trajectories"
+    )
     parser.add_argument("--max-seconds", type=float, default=300, help="of training")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--threads", type=int, default=2, help="of torch")

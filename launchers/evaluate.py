@@ -23,15 +23,20 @@ def main() -> int:
         formatter_class=argparse.RawTextHelpFormatter,
     )
     parser.add_argument("policy", type=Path, help="folder of a policy in Hugging Face format")
-    parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG, help="YAML of the run")
+    parser.add_argument(
+        "--config", type=Path, help="YAML of the run (default: config.yaml beside the policy)"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for launchers/run.py")
     arguments = parser.parse_intermixed_args()
+
+    beside = arguments.policy.resolve().parent / "config.yaml"
+    file = arguments.config or (beside if beside.exists() else DEFAULT_CONFIG)
 
     from skyrl_async.config_loading import ConfigError, load_config
 
     try:
         overrides = [*arguments.overrides, f"model.path={arguments.policy}", "runtime=local"]
-        config = load_config(arguments.config, overrides)
+        config = load_config(file, overrides)
         if config.evaluation.num_tasks < 1:
             raise ConfigError(["evaluation.num_tasks=0: give at least 1"])
     except ConfigError as error:

@@ -53,7 +53,6 @@ def load_model(source: PolicySource) -> Any:
         return model.to(dtype)
     from transformers import AutoModelForCausalLM
 
-
     try:
         model = AutoModelForCausalLM.from_pretrained(
             source.path, dtype=dtype, attn_implementation="sdpa"
@@ -89,6 +88,9 @@ def load_tokenizer(source: PolicySource) -> Any:
 
 def save_policy(model: Any, tokenizer: Any, folder: Path) -> None:
     """Write model and tokenizer in Hugging Face format (safetensors), complete or not at all."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     partial = folder.with_name(folder.name + ".partial")
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)

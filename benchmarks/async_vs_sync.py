@@ -1,0 +1,187 @@
+"""Asynchronous against synchronous training on three-turn tasks with slow tools.
+
+Every row is a real run of ``launchers/run.py`` on :class:`benchmarks.environments.SlowGuess`: 16
+groups of 8 trajectories a step, tool latency lognormal with mean 50 ms and sigma 1, the learning
+rate of both from a grid (``--tune`` runs it). ``speedup`` is trained trajectories per second of
+``staleness.max=4`` over 0, over the second half of the steps; ``speedup_to_reward`` compares the
+seconds until a held-out evaluation reaches 0.95. ``ideal_speedup`` is what the same run would reach
+if its learner never waited: the busy seconds of a step are all that is left of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from report import finish, parse_args
+
+ROOT = Path(__file__).resolve().parents[1]
+GROUPS, GROUP_SIZE = 16, 8
+REWARD = 0.95
+TARGET_SPEEDUP = 2.5
+LEARNING_RATES = {"sync": 2e-3, "async": 2e-3}
+GRID = (1e-3, 2e-3, 4e-3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One configuration.
+
+    Attributes:
+        name: for the table.
+        staleness_max: K.
+        groups_per_step: B.
+        learning_rate: of AdamW.
+        steps: learner steps.
+    """
+
+    name: str
+    staleness_max: int
+    learning_rate: float
+    steps: int
+    groups_per_step: int = GROUPS
+
+
+def run(row: Row, *, runtime: str, folder: Path) -> dict[str, Any]:
+    """Do one run and return its figures."""
+    place = folder / row.name.replace(" ", "_").replace("=", "")
+    command = [
+        *(sys.executable, str(ROOT / "launchers" / "run.py"), f"run.dir={place}"),
+        f"runtime={runtime}",
+        f"run.steps={row.steps}",
+        f"staleness.max={row.staleness_max}",
+        f"optimizer.learning_rate={row.learning_rate}",
+        f"learner.groups_per_step={row.groups_per_step}",
+        f"rollout.group_size={GROUP_SIZE}",
+        "environment.name=benchmarks.environments:SlowGuess",
+        "environment.max_turns=3",
+        "engine.max_concurrent=1024",
+        f"evaluation.every_steps={max(1, row.steps // 20)}",
+        "logging.tensorboard=false",
+        "logging.console=plain",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CI": "true"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    if done.returncode != 0:
+        raise RuntimeError(f"{row.name} failed:\n{done.stdout}\n{done.stderr}")
+    lines = (place / "metrics.jsonl").read_text().splitlines()
+    return figures(row, [json.loads(line) for line in lines], json_of(place / "summary.json"))
+
+
+def json_of(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+def figures(row: Row, metrics: list[dict[str, Any]], summary: dict[str, Any]) -> dict[str, Any]:
+    """Return a row of the table; rates are over the second half of the steps."""
+    half = metrics[len(metrics) // 2 :]
+    seconds = half[-1]["time_s"] - half[0]["time_s"]
+    steps_per_s = (len(half) - 1) / seconds
+    per_step = row.groups_per_step * GROUP_SIZE
+    waiting = sum(m["idle/learner/wait_fraction"] for m in half[1:]) / (len(half) - 1)
+    reached = [m["time_s"] for m in metrics if (m.get("eval/reward_mean") or 0.0) >= REWARD]
+    return {
+        "name": row.name,
+        "staleness_max": row.staleness_max,
+        "learning_rate": row.learning_rate,
+        "trajectories_per_s": steps_per_s * per_step,
+        "learner_wait_fraction": waiting,
+        "engine_idle_fraction": sum(m["idle/engine/idle_fraction"] for m in half) / len(half),
+        "ideal_trajectories_per_s": steps_per_s * per_step / (1 - waiting),
+        "seconds_to_reward": reached[0] if reached else None,
+        "reward": summary["eval_reward_final"],
+        "staleness_observed_max": summary["staleness_observed_max"],
+    }
+
+
+def rows(*, quick: bool) -> list[Row]:
+    sync, asynchronous = LEARNING_RATES["sync"], LEARNING_RATES["async"]
+    if quick:
+        return [
+            Row(name="K=0", staleness_max=0, learning_rate=sync, steps=12),
+            Row(name="K=4", staleness_max=4, learning_rate=asynchronous, steps=40),
+        ]
+    return [
+        Row(name="K=0", staleness_max=0, learning_rate=sync, steps=120),
+        Row(
+            name="K=0 at equal concurrency",
+            staleness_max=0,
+            learning_rate=sync,
+            steps=30,
+            groups_per_step=5 * GROUPS,
+        ),
+        Row(name="K=1", staleness_max=1, learning_rate=asynchronous, steps=120),
+        Row(name="K=4", staleness_max=4, learning_rate=asynchronous, steps=160),
+    ]
+
+
+def tune(*, runtime: str, folder: Path) -> list[dict[str, Any]]:
+    """Return a row for every learning rate of the grid, synchronous and asynchronous."""
+    return [
+        run(
+            Row(name=f"K={k} rate={rate:g}", staleness_max=k, learning_rate=rate, steps=steps),
+            runtime=runtime,
+            folder=folder,
+        )
+        for k, steps in ((0, 120), (4, 160))
+        for rate in GRID
+    ]
+
+
+def print_table(results: list[dict[str, Any]]) -> None:
+    print(f"{'':<26}{'traj/s':>9}{'ideal':>9}{'wait':>7}{'idle':>7}{'s to 0.95':>11}{'reward':>8}")
+    for r in results:
+        reached = "-" if r["seconds_to_reward"] is None else f"{r['seconds_to_reward']:.1f}"
+        print(
+            f"{r['name']:<26}{r['trajectories_per_s']:>9.0f}{r['ideal_trajectories_per_s']:>9.0f}"
+            f"{r['learner_wait_fraction']:>7.2f}{r['engine_idle_fraction']:>7.2f}"
+            f"{reached:>11}{r['reward']:>8.2f}"
+        )
+
+
+def main() -> None:
+    started = time.perf_counter()
+    tuning = "--tune" in sys.argv
+    if tuning:
+        sys.argv.remove("--tune")
+    arguments = parse_args(__doc__ or "")
+    runtime = "local" if arguments.quick else "ray"
+    with tempfile.TemporaryDirectory() as name:
+        if tuning:
+            print_table(tune(runtime=runtime, folder=Path(name)))
+            return
+        results = [
+            run(row, runtime=runtime, folder=Path(name)) for row in rows(quick=arguments.quick)
+        ]
+    print_table(results)
+    sync, fast = results[0], results[-1]
+    speedup = fast["trajectories_per_s"] / sync["trajectories_per_s"]
+    to_reward = None
+    if sync["seconds_to_reward"] and fast["seconds_to_reward"]:
+        to_reward = sync["seconds_to_reward"] / fast["seconds_to_reward"]
+    misses = []
+    if speedup < TARGET_SPEEDUP:
+        misses.append(f"speedup {speedup:.2f} < {TARGET_SPEEDUP}")
+    if not arguments.quick and fast["reward"] < sync["reward"] - 0.02:
+        misses.append(f"held-out reward {fast['reward']:.2f} < {sync['reward']:.2f}")
+    summary = {
+        "runtime": runtime,
+        "speedup": speedup,
+        "speedup_to_reward": to_reward,
+        "reward_async": fast["reward"],
+        "reward_sync": sync["reward"],
+        "ideal_speedup": fast["ideal_trajectories_per_s"] / sync["trajectories_per_s"],
+        "rows": results,
+    }
+    finish("async_vs_sync", summary, misses, started, arguments.output)
+
+
+if __name__ == "__main__":
+    main()
