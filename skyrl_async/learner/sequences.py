@@ -30,11 +30,12 @@ def make_sequences(
         members = sampled.group.trajectories
         rewards = np.array([t.reward for t in members])
         for trajectory, value in zip(members, advantage(rewards), strict=True):
-            mask = trajectory.sampled & (
-                trajectory.policy_versions >= sampled.min_trainable_version
-            )
-            if not mask.any():
+            cutoff = sampled.min_trainable_version
+            if trajectory.max_policy_version < cutoff:
                 continue
+            mask = trajectory.sampled
+            if trajectory.min_policy_version < cutoff:
+                mask = mask & (trajectory.policy_versions >= cutoff)
             sequences.append(
                 TrainSequence(
                     token_ids=trajectory.token_ids,
@@ -42,7 +43,7 @@ def make_sequences(
                     behavior_logprobs=trajectory.behavior_logprobs,
                     policy_versions=trajectory.policy_versions,
                     temperature=trajectory.temperature,
-                    advantages=np.where(mask, np.float32(value), np.float32(0)),
+                    advantages=mask * np.float32(value),
                 )
             )
     return sequences
