@@ -4,8 +4,8 @@ Every row is a real run of ``launchers/run.py`` on :class:`benchmarks.environmen
 groups of 8 trajectories a step, tool latency lognormal with mean 50 ms and sigma 1, the learning
 rate of both from a grid (``--tune`` runs it). ``speedup`` is trained trajectories per second of
 ``staleness.max=4`` over 0, over the second half of the steps; ``speedup_to_reward`` compares the
-seconds until a held-out evaluation reaches 0.95. ``ideal_speedup`` is what the same run would reach
-if its learner never waited: the busy seconds of a step are all that is left of it.
+seconds until a held-out evaluation reaches 0.95. ``ideal_speedup`` is what the asynchronous run
+would reach if the busier one of learner and engine were never idle, by its ledger of wall time.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ GROUPS, GROUP_SIZE = 16, 8
 REWARD = 0.95
 TARGET_SPEEDUP = 2.5
 LEARNING_RATES = {"sync": 2e-3, "async": 2e-3}
-GRID = (1e-3, 2e-3, 4e-3)
+GRID = (5e-4, 1e-3, 2e-3, 4e-3)
+STEPS = 240
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,22 +84,29 @@ def figures(row: Row, metrics: list[dict[str, Any]], summary: dict[str, Any]) ->
     """Return a row of the table; rates are over the second half of the steps."""
     half = metrics[len(metrics) // 2 :]
     seconds = half[-1]["time_s"] - half[0]["time_s"]
-    steps_per_s = (len(half) - 1) / seconds
-    per_step = row.groups_per_step * GROUP_SIZE
-    waiting = sum(m["idle/learner/wait_fraction"] for m in half[1:]) / (len(half) - 1)
-    reached = [m["time_s"] for m in metrics if (m.get("eval/reward_mean") or 0.0) >= REWARD]
+    rate = (len(half) - 1) / seconds * row.groups_per_step * GROUP_SIZE
+    waiting = mean(half[1:], "idle/learner/wait_fraction")
+    idle = mean(half[1:], "idle/engine/idle_fraction")
+    reached = [m for m in metrics if (m.get("eval/reward_mean") or 0.0) >= REWARD]
     return {
         "name": row.name,
         "staleness_max": row.staleness_max,
         "learning_rate": row.learning_rate,
-        "trajectories_per_s": steps_per_s * per_step,
+        "trajectories_per_s": rate,
         "learner_wait_fraction": waiting,
-        "engine_idle_fraction": sum(m["idle/engine/idle_fraction"] for m in half) / len(half),
-        "ideal_trajectories_per_s": steps_per_s * per_step / (1 - waiting),
-        "seconds_to_reward": reached[0] if reached else None,
+        "engine_idle_fraction": idle,
+        "ideal_trajectories_per_s": rate / (1 - min(waiting, idle)),
+        "seconds_to_reward": reached[0]["time_s"] if reached else None,
+        "steps_to_reward": reached[0]["step"] if reached else None,
         "reward": summary["eval_reward_final"],
         "staleness_observed_max": summary["staleness_observed_max"],
     }
+
+
+def mean(metrics: list[dict[str, Any]], name: str) -> float:
+    """Return the mean over the steps that have it: a step may come without news of an actor."""
+    values = [m[name] for m in metrics if name in m]
+    return sum(values) / len(values)
 
 
 def rows(*, quick: bool) -> list[Row]:
@@ -109,7 +117,7 @@ def rows(*, quick: bool) -> list[Row]:
             Row(name="K=4", staleness_max=4, learning_rate=asynchronous, steps=40),
         ]
     return [
-        Row(name="K=0", staleness_max=0, learning_rate=sync, steps=120),
+        Row(name="K=0", staleness_max=0, learning_rate=sync, steps=STEPS),
         Row(
             name="K=0 at equal concurrency",
             staleness_max=0,
@@ -117,33 +125,36 @@ def rows(*, quick: bool) -> list[Row]:
             steps=30,
             groups_per_step=5 * GROUPS,
         ),
-        Row(name="K=1", staleness_max=1, learning_rate=asynchronous, steps=120),
-        Row(name="K=4", staleness_max=4, learning_rate=asynchronous, steps=160),
+        Row(name="K=1", staleness_max=1, learning_rate=asynchronous, steps=STEPS),
+        Row(name="K=4", staleness_max=4, learning_rate=asynchronous, steps=STEPS),
     ]
 
 
-def tune(*, runtime: str, folder: Path) -> list[dict[str, Any]]:
-    """Return a row for every learning rate of the grid, synchronous and asynchronous."""
-    return [
-        run(
-            Row(name=f"K={k} rate={rate:g}", staleness_max=k, learning_rate=rate, steps=steps),
-            runtime=runtime,
-            folder=folder,
-        )
-        for k, steps in ((0, 120), (4, 160))
-        for rate in GRID
-    ]
+def tune(*, runtime: str, folder: Path) -> None:
+    """Print a row for every learning rate of the grid, synchronous and asynchronous."""
+    print_header()
+    for k in (4, 0):
+        for rate in GRID:
+            row = Row(name=f"K={k} rate={rate:g}", staleness_max=k, learning_rate=rate, steps=STEPS)
+            print_row(run(row, runtime=runtime, folder=folder))
 
 
-def print_table(results: list[dict[str, Any]]) -> None:
-    print(f"{'':<26}{'traj/s':>9}{'ideal':>9}{'wait':>7}{'idle':>7}{'s to 0.95':>11}{'reward':>8}")
-    for r in results:
-        reached = "-" if r["seconds_to_reward"] is None else f"{r['seconds_to_reward']:.1f}"
-        print(
-            f"{r['name']:<26}{r['trajectories_per_s']:>9.0f}{r['ideal_trajectories_per_s']:>9.0f}"
-            f"{r['learner_wait_fraction']:>7.2f}{r['engine_idle_fraction']:>7.2f}"
-            f"{reached:>11}{r['reward']:>8.2f}"
-        )
+def print_header() -> None:
+    print(
+        f"{'':<26}{'traj/s':>9}{'ideal':>9}{'wait':>7}{'idle':>7}{'s to 0.95':>11}{'steps':>7}"
+        f"{'reward':>8}"
+    )
+
+
+def print_row(r: dict[str, Any]) -> None:
+    reached = r["seconds_to_reward"]
+    print(
+        f"{r['name']:<26}{r['trajectories_per_s']:>9.0f}{r['ideal_trajectories_per_s']:>9.0f}"
+        f"{r['learner_wait_fraction']:>7.2f}{r['engine_idle_fraction']:>7.2f}"
+        f"{'-' if reached is None else f'{reached:.1f}':>11}{r['steps_to_reward'] or '-':>7}"
+        f"{r['reward']:>8.2f}",
+        flush=True,
+    )
 
 
 def main() -> None:
@@ -155,12 +166,13 @@ def main() -> None:
     runtime = "local" if arguments.quick else "ray"
     with tempfile.TemporaryDirectory() as name:
         if tuning:
-            print_table(tune(runtime=runtime, folder=Path(name)))
+            tune(runtime=runtime, folder=Path(name))
             return
-        results = [
-            run(row, runtime=runtime, folder=Path(name)) for row in rows(quick=arguments.quick)
-        ]
-    print_table(results)
+        print_header()
+        results = []
+        for row in rows(quick=arguments.quick):
+            results.append(run(row, runtime=runtime, folder=Path(name)))
+            print_row(results[-1])
     sync, fast = results[0], results[-1]
     speedup = fast["trajectories_per_s"] / sync["trajectories_per_s"]
     to_reward = None
