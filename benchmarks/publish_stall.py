@@ -40,8 +40,9 @@ from transformers import Qwen3ForCausalLM
 from skyrl_async.learner.tiny_policy import build_tiny_model
 from skyrl_async.rollout.embedded_engine import EmbeddedEngine
 from skyrl_async.types import Sampling
-from skyrl_async.weight_sync.collective import CollectiveReceiver, CollectiveSender, host_store
+from skyrl_async.weight_sync.collective import CollectiveReceiver, CollectiveSender
 from skyrl_async.weight_sync.layout import WeightLayout
+from skyrl_async.weight_sync.pair import host_store
 from skyrl_async.weight_sync.publisher import WeightPublisher
 from skyrl_async.weight_sync.receiver import WeightReceiver
 from skyrl_async.weight_sync.snapshot import SnapshotPool

@@ -7,11 +7,16 @@ errors at once) is in :mod:`skyrl_async.config_loading`.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from skyrl_async.types import BYTES_PER_TOKEN, RECORD_OVERHEAD_BYTES
+
+Texts = Annotated[
+    tuple[str, ...], BeforeValidator(lambda value: tuple(value) if type(value) is list else value)
+]
+"""A list in YAML."""
 
 
 class Section(BaseModel):
@@ -46,8 +51,10 @@ class ClusterSection(Section):
     """CPUs that Ray reserves for each learner rank."""
     actor_cpus: float = Field(default=1, ge=0)
     """CPUs that Ray reserves for each rollout actor."""
+    engine_cpus: float = Field(default=1, ge=0)
+    """CPUs that Ray reserves for each SGLang server."""
     spread: bool = True
-    """Place rollout actors on as many nodes as possible."""
+    """Place rollout actors and SGLang servers on as many nodes as possible."""
     startup_timeout_s: float = Field(default=120, gt=0)
     """Every worker must be ready after this many seconds."""
 
@@ -115,16 +122,44 @@ class RolloutSection(Section):
 class EngineSection(Section):
     """What generates."""
 
-    kind: Literal["embedded"] = "embedded"
-    """embedded: in the actor's process, around the transformers model."""
+    kind: Literal["embedded", "sglang"] = "embedded"
+    """embedded: in the actor's process, around the transformers model; sglang: SGLang servers."""
     max_concurrent: int = Field(default=256, ge=1)
-    """Sequences decoded at once; further requests wait."""
+    """Sequences that one engine decodes at once; further requests wait."""
     context_length: int = Field(default=128, ge=8)
     """Tokens per trajectory, prompt and replies together."""
     kv_after_swap: Literal["recompute", "keep"] = "recompute"
     """What happens to running requests at a weight swap: recompute their KV cache, or keep it."""
     num_threads: int = Field(default=1, ge=1)
-    """Torch threads of an actor's process."""
+    """Torch threads of an actor's process, or of a server on a CPU."""
+    num_engines: int = Field(default=1, ge=1)
+    """SGLang servers to start; not used with engine.urls."""
+    python: str | None = None
+    """Interpreter of the environment that has SGLang."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """What SGLang computes on."""
+    gpus_per_engine: float = Field(default=0, ge=0)
+    """GPUs that Ray reserves for each SGLang server."""
+    max_total_tokens: int | None = Field(default=None, ge=1)
+    """Tokens of a server's KV cache; without it, what max_concurrent sequences can need."""
+    sglang_args: Texts = ()
+    """Further arguments of SGLang's server, for example ["--tp-size", "2"]."""
+    tensor_parallel: int = Field(default=1, ge=1)
+    """Tensor-parallel ranks of each server; as in sglang_args."""
+    urls: Texts = ()
+    """Servers that somebody else runs, instead of our own: http://HOST:PORT each."""
+    api_key_env: str | None = None
+    """Environment variable with the API key of the servers of engine.urls."""
+    admin_key_env: str | None = None
+    """Environment variable with their admin key; without it their API key is used."""
+    weight_load: Literal["memory", "file", "direct"] = "memory"
+    """Staged beside a server and loaded from memory or a file, or sent into the paused server."""
+    start_timeout_s: float = Field(default=300, gt=0)
+    """A server that is not healthy by then has failed to start."""
+    load_timeout_s: float = Field(default=60, gt=0)
+    """A server that takes longer to load a version is started anew."""
+    hang_timeout_s: float = Field(default=4, gt=0)
+    """A server that answers nothing for this long is started anew."""
 
 
 class StalenessSection(Section):
@@ -211,6 +246,8 @@ class WeightSyncSection(Section):
     """Bytes sent at once."""
     timeout_s: float = Field(default=30, gt=0)
     """An engine that takes longer to receive one version loses its group."""
+    max_bytes_per_s: float | None = Field(default=None, gt=0)
+    """Send to each engine no faster, to leave the network to others; without it, no limit."""
 
 
 class EvaluationSection(Section):
@@ -270,6 +307,7 @@ class Config(Section):
             *self._replay_problems(),
             *self._model_problems(),
             *self._run_problems(),
+            *self._sglang_problems(),
         )
         if problems:
             raise ValueError("\n".join(problems))
@@ -356,3 +394,28 @@ class Config(Section):
                 f"run.stop_at_eval_reward={self.run.stop_at_eval_reward}: "
                 "evaluation.num_tasks=0 never evaluates; set it above 0"
             )
+
+    def _sglang_problems(self) -> Iterator[str]:
+        engine = self.engine
+        if engine.kind == "embedded":
+            for name in ("urls", "python", "sglang_args"):
+                if getattr(engine, name):
+                    yield (
+                        f"engine.{name}={getattr(engine, name)}: engine.kind=embedded starts no "
+                        "server; set engine.kind=sglang or remove it"
+                    )
+            return
+        if bool(engine.urls) == (engine.python is not None):
+            yield (
+                f"engine.urls={list(engine.urls)}, engine.python={engine.python}: "
+                "engine.kind=sglang needs one of them: servers that run already, or the "
+                "interpreter of an environment with SGLang (launchers/sglang_cpu/install.sh "
+                "makes one)"
+            )
+        if engine.weight_load == "direct" and self.weight_sync.transport != "collective":
+            yield (
+                f"weight_sync.transport={self.weight_sync.transport}: engine.weight_load=direct "
+                "broadcasts; set weight_sync.transport=collective or engine.weight_load=memory"
+            )
+        if len(set(engine.urls)) < len(engine.urls):
+            yield f"engine.urls={list(engine.urls)}: a server is named twice; name each once"

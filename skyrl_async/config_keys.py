@@ -70,7 +70,7 @@ def choices(field: FieldInfo) -> tuple[str, ...]:
 
 def is_text(field: FieldInfo) -> bool:
     """Return whether the field takes text, choices included."""
-    if get_origin(field.annotation) is dict:
+    if get_origin(field.annotation) in (dict, tuple):
         return False
     return bool(choices(field)) or str in (field.annotation, *get_args(field.annotation))
 
@@ -81,6 +81,8 @@ def limit(field: FieldInfo) -> str:
         return "one of " + ", ".join(choices(field))
     if get_origin(field.annotation) is dict:
         return "a mapping"
+    if get_origin(field.annotation) is tuple:
+        return "a list of texts"
     kinds = get_args(field.annotation) or (field.annotation,)
     first, *others = (_TYPE_NAMES[kind] for kind in kinds)
     bounds = []
@@ -149,4 +151,6 @@ def show(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, float):
         return f"{value:g}" if float(f"{value:g}") == value else repr(value)
+    if isinstance(value, tuple):
+        return repr(list(value))
     return value if isinstance(value, str) else repr(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from skyrl_async.config import Config
 from skyrl_async.config_keys import show
 from skyrl_async.coordination.staleness import max_admitted
 from skyrl_async.model_folder import ModelShape, is_hub_name, read_model_folder
+from skyrl_async.rollout.engine_launch import MIN_SGLANG_VERSION, check_extra_args
 from skyrl_async.run_folder import DEFAULT_ROOT, check_run_folder
 
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
@@ -34,6 +36,7 @@ def find_problems(config: Config, *, root: Path = DEFAULT_ROOT) -> list[str]:
     checks: tuple[tuple[str, Callable[[], object]], ...] = (
         (f"environment.name={config.environment.name}: ", environment),
         (f"model.path={config.model.path}: ", lambda: _check_model(config)),
+        ("", lambda: _check_engine(config)),
         ("", lambda: check_run_folder(config, root=root)),
     )
     problems = []
@@ -70,6 +73,19 @@ def _check_model(config: Config) -> None:
         raise ValueError(
             f"engine.context_length={context} is more than the model's {shape.max_positions} "
             "positions; lower it"
+        )
+
+
+def _check_engine(config: Config) -> None:
+    engine = config.engine
+    check_extra_args(engine.sglang_args)
+    if engine.python is None:
+        return
+    if not os.access(engine.python, os.X_OK) or Path(engine.python).is_dir():
+        raise ValueError(
+            f"engine.python={engine.python}: no such interpreter; make an environment with SGLang: "
+            f"launchers/sglang_cpu/install.sh {Path(engine.python).parent.parent} without a GPU, "
+            f"pip install 'sglang>={MIN_SGLANG_VERSION}' in one of its own with a GPU"
         )
 
 
@@ -125,15 +141,23 @@ def _policy(config: Config) -> str:
 
 def _workers(config: Config) -> str:
     ranks, actors = config.learner.num_ranks, config.rollout.num_actors
-    counts = (
-        f"{_count(ranks, 'learner rank')}, {_count(actors, 'rollout actor')} with "
-        f"{config.engine.max_concurrent} sequences at once"
-    )
+    engine = config.engine
+    at_once = f"{engine.max_concurrent} sequences at once"
+    counts = f"{_count(ranks, 'learner rank')}, {_count(actors, 'rollout actor')}"
+    if engine.kind == "embedded":
+        counts += f" with {at_once}"
+    elif engine.urls:
+        counts += f", {_count(len(engine.urls), 'SGLang server')} given with {at_once} each"
+    else:
+        servers = _count(engine.num_engines, "SGLang server")
+        counts += f", {servers} to start, on {engine.device}, with {at_once} each"
     if config.runtime == "local":
         return f"in this process: {counts}"
     address = config.cluster.address
     place = "a local Ray" if address is None else f"Ray at {address}"
     cpus = config.cluster.learner_cpus * ranks + config.cluster.actor_cpus * actors
+    if engine.kind == "sglang":
+        cpus += config.cluster.engine_cpus * (len(engine.urls) or engine.num_engines)
     return f"on {place}: {counts}; {cpus:g} CPUs reserved"
 
 

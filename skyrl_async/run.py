@@ -19,6 +19,7 @@ from skyrl_async.coordination.coordinator import (
     LearnerGroup,
     RolloutWorker,
 )
+from skyrl_async.coordination.engine_fleet import EngineWorker
 from skyrl_async.coordination.ledger import GroupLedger
 from skyrl_async.coordination.run_metrics import RunMetrics
 from skyrl_async.coordination.staleness import StalenessRule
@@ -51,6 +52,11 @@ class Runtime(Protocol):
     @property
     def rollouts(self) -> Mapping[str, RolloutWorker]:
         """Rollout actors by name."""
+        ...
+
+    @property
+    def engines(self) -> Mapping[str, EngineWorker]:
+        """Workers beside engines by name; empty if rollout actors have engines of their own."""
         ...
 
     @property
@@ -173,6 +179,7 @@ class _Run:
             metrics=self._metrics,
             settings=_coordinator_settings(config),
             clock=time.monotonic,
+            engines=runtime.engines,
         )
         await coordinator.run()
 

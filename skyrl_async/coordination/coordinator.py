@@ -22,6 +22,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from skyrl_async.coordination.deadlines import Deadline
+from skyrl_async.coordination.engine_fleet import EngineFleet, EngineWorker, FleetSettings
 from skyrl_async.coordination.ledger import GroupLedger
 from skyrl_async.coordination.run_metrics import Progress, RunMetrics
 from skyrl_async.types import (
@@ -59,8 +61,14 @@ class RolloutWorker(Protocol):
         """Return what happened since the last report, at the latest after ``wait_s``."""
         ...
 
-    async def evaluate(self, tasks: Sequence[Task]) -> EvaluationResult:
-        """Play greedily with the weights that its engine has now."""
+    async def evaluate(
+        self, tasks: Sequence[Task], *, endpoint: Any | None = None
+    ) -> EvaluationResult:
+        """Play greedily with the weights that its engine, or the one at ``endpoint``, has now."""
+        ...
+
+    async def set_engines(self, endpoints: Sequence[Any]) -> None:
+        """Play with these engines from now on; only where engines are workers of their own."""
         ...
 
 
@@ -69,6 +77,18 @@ class LearnerGroup(Protocol):
 
     async def step(self, batch: SampledBatch) -> StepResult:
         """Train on a batch, and start to publish what it made."""
+        ...
+
+    async def open_pair(self, engine_id: str) -> Any:
+        """See :class:`skyrl_async.coordination.engine_fleet.Publishing`."""
+        ...
+
+    async def close_pair(self, engine_id: str) -> None:
+        """See :class:`skyrl_async.coordination.engine_fleet.Publishing`."""
+        ...
+
+    async def publish_newest(self) -> None:
+        """See :class:`skyrl_async.coordination.engine_fleet.Publishing`."""
         ...
 
 
@@ -120,7 +140,9 @@ class Coordinator:
     Args:
         tasks: to play.
         groups: admission and replay buffer.
-        rollouts: rollout actors by name, each with an engine of that name.
+        rollouts: rollout actors by name.
+        engines: workers beside engines, by name; without any, each rollout actor has an engine of
+            its own name.
         learner: all ranks.
         metrics: told about everything.
         settings: limits.
@@ -137,6 +159,7 @@ class Coordinator:
         metrics: RunMetrics,
         settings: CoordinatorSettings,
         clock: Callable[[], float],
+        engines: Mapping[str, EngineWorker] | None = None,
     ) -> None:
         self._tasks = tasks
         self._groups = groups
@@ -152,6 +175,25 @@ class Coordinator:
         self._news = asyncio.Event()
         self._evaluation: asyncio.Task[None] | None = None
         self._reached_eval_reward = False
+        self._fleet = self._make_fleet(engines) if engines else None
+
+    def _make_fleet(self, engines: Mapping[str, EngineWorker]) -> EngineFleet:
+        return EngineFleet(
+            engines,
+            ledger=self._groups,
+            learner=self._learner,
+            set_engines=self._set_engines,
+            on_report=lambda _, report: self._metrics.engine_report(report),
+            on_change=self._pool_changed,
+            settings=FleetSettings(answer_timeout_s=self._settings.answer_timeout_s),
+        )
+
+    async def _set_engines(self, endpoints: Sequence[Any]) -> None:
+        await asyncio.gather(*(w.set_engines(endpoints) for w in self._rollouts.values()))
+
+    async def _pool_changed(self) -> None:
+        await self._admit()
+        self._news.set()
 
     async def run(self) -> None:
         """Train until a limit is reached.
@@ -159,12 +201,15 @@ class Coordinator:
         Raises:
             WorkerFailed: if a worker, or a loop, ended with an error; named after it.
         """
-        for name in self._rollouts:
-            self._groups.engine_joined(name, 0)
         named = {
             asyncio.create_task(self._collect(name, worker)): name
             for name, worker in self._rollouts.items()
         }
+        if self._fleet is None:
+            for name in self._rollouts:
+                self._groups.engine_joined(name, 0)
+        else:
+            named |= {asyncio.create_task(self._fleet.watch(n)): n for n in self._fleet.names}
         training = asyncio.create_task(self._train())
         named[training] = "training"
         try:
@@ -184,7 +229,7 @@ class Coordinator:
         """Take reports of one actor, for ever."""
         settings = self._settings
         while True:
-            async with _Deadline(settings.answer_timeout_s + settings.poll_wait_s, "a report"):
+            async with Deadline(settings.answer_timeout_s + settings.poll_wait_s, "a report"):
                 report = await worker.poll(wait_s=settings.poll_wait_s)
             self._take_report(name, report)
             await self._admit()
@@ -192,7 +237,8 @@ class Coordinator:
 
     def _take_report(self, name: str, report: RolloutReport) -> None:
         self._metrics.rollout_report(report)
-        self._groups.engine_loaded(name, report.engine_version)
+        if self._fleet is None:
+            self._groups.engine_loaded(name, report.engine_version)
         for group in report.groups:
             self._in_flight[self._actor_of.pop(group.group_id)] -= 1
             if isinstance(group, DroppedGroup):
@@ -227,7 +273,7 @@ class Coordinator:
             assignments.setdefault(name, []).append(assignment)
         for name, batch in assignments.items():
             with _blaming(name):
-                async with _Deadline(self._settings.answer_timeout_s, "new tasks to be taken"):
+                async with Deadline(self._settings.answer_timeout_s, "new tasks to be taken"):
                     await self._rollouts[name].submit(batch)
 
     async def _train(self) -> None:
@@ -245,7 +291,7 @@ class Coordinator:
             if batch is None or self._reached_eval_reward:
                 break
             with _blaming("learner"):
-                async with _Deadline(settings.step_timeout_s, "a step"):
+                async with Deadline(settings.step_timeout_s, "a step"):
                     result = await self._learner.step(batch)
             self._finish_step(step, batch, result)
             skipped = skipped + 1 if result.skipped else 0
@@ -314,9 +360,15 @@ class Coordinator:
     async def _evaluate(self) -> None:
         """Play the held-out tasks at the version that one engine has now."""
         name, worker = next(iter(self._rollouts.items()))
+        tasks = self._settings.evaluation_tasks
         with _blaming(name):
-            async with _Deadline(self._settings.evaluation_timeout_s, "an evaluation"):
-                result = await worker.evaluate(self._settings.evaluation_tasks)
+            async with Deadline(self._settings.evaluation_timeout_s, "an evaluation"):
+                if self._fleet is None:
+                    result = await worker.evaluate(tasks)
+                else:
+                    result = await self._fleet.evaluate(
+                        lambda endpoint: worker.evaluate(tasks, endpoint=endpoint)
+                    )
         self._metrics.evaluated(result)
         logger.info(
             "evaluation at policy version %d: reward %.3f over %d tasks, %d failed",
@@ -336,30 +388,13 @@ class Coordinator:
             await self._evaluation
         if not self._settings.evaluation_tasks or self._reached_eval_reward:
             return
-        async with _Deadline(self._settings.answer_timeout_s, "the last weights to become live"):
+        async with Deadline(self._settings.answer_timeout_s, "the last weights to become live"):
             while self._groups.live_version < self._policy_version:
                 self._news.clear()
                 await self._news.wait()
         last = self._metrics.last_evaluation
         if last is None or last.policy_version != self._policy_version:
             await self._evaluate()
-
-
-class _Deadline:
-    """``asyncio.timeout`` whose error says what was waited for."""
-
-    def __init__(self, timeout_s: float, what: str) -> None:
-        self._timeout = asyncio.timeout(timeout_s)
-        self._message = f"waited {timeout_s:g} s for {what}"
-
-    async def __aenter__(self) -> None:
-        await self._timeout.__aenter__()
-
-    async def __aexit__(self, *error: Any) -> None:
-        try:
-            await self._timeout.__aexit__(*error)
-        except TimeoutError:
-            raise TimeoutError(self._message) from None
 
 
 @contextlib.contextmanager

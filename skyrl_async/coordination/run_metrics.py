@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from skyrl_async.coordination.engine_fleet import EngineReport
 from skyrl_async.coordination.staleness import StalenessCost
 from skyrl_async.metrics.recorder import Recorder
 from skyrl_async.metrics.values import Histogram, Max, Mean, Std, Sum
@@ -96,6 +97,14 @@ class RunMetrics:
             r.record_parts("actor", report.seconds)
         if report.engine_seconds:
             r.record_parts("engine", report.engine_seconds)
+
+    def engine_report(self, report: EngineReport) -> None:
+        """Record what the worker beside an engine reported."""
+        r = self._recorder
+        r.record("sync/stall_s", Sum(report.counts.get("stall_s", 0.0)))
+        r.record("engine/restarts", Sum(report.counts.get("restarts", 0.0)))
+        if report.seconds:
+            r.record_parts("engine", report.seconds)
 
     def dropped(self, groups: Iterable[DroppedGroup]) -> None:
         """Count groups that failed at their actor."""

@@ -7,7 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from skyrl_async.learner.tiny_policy import build_tiny_model, build_tiny_tokenizer
+from skyrl_async.learner.tiny_policy import (
+    BUILT_IN_VOCABULARY_SIZE,
+    build_tiny_model,
+    build_tiny_tokenizer,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +67,37 @@ def load_model(source: PolicySource) -> Any:
             "config.json and safetensors, or a hub name"
         ) from error
     return model.eval()
+
+
+def skeleton(source: PolicySource) -> Any:
+    """Return the model without weights: names, types and shapes of its parameters, tied as in it.
+
+    Raises:
+        ValueError: if the folder holds no causal LM.
+    """
+    import torch
+
+    if source.path is None:
+        return load_model(source)
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(source.path)
+    except (OSError, ValueError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"model.path={source.path}: not a Hugging Face causal LM ({error})"
+        ) from error
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, source.dtype))
+
+
+def vocabulary_size(source: PolicySource) -> int:
+    """Return how many token ids the policy has; larger ones cannot be embedded."""
+    if source.path is None:
+        return BUILT_IN_VOCABULARY_SIZE
+    from transformers import AutoConfig
+
+    return int(AutoConfig.from_pretrained(source.path).get_text_config().vocab_size)
 
 
 def load_tokenizer(source: PolicySource) -> Any:

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 STOP_TOKEN = "<end>"
 MAX_NUMBER = 20
+BUILT_IN_VOCABULARY_SIZE = 64
+"""Rows of the built-in policy's embedding; more than its tokenizer uses."""
 
 _SPECIALS = ("<pad>", "<unk>", "<system>", "<user>", "<assistant>", STOP_TOKEN)
 _WORDS = (
@@ -73,7 +75,7 @@ def build_tiny_model(
     hidden_size: int = 64,
     num_layers: int = 2,
     num_heads: int = 4,
-    vocab_size: int = 64,
+    vocab_size: int = BUILT_IN_VOCABULARY_SIZE,
     max_position_embeddings: int = 4096,
     seed: int = 0,
 ) -> Qwen3ForCausalLM:

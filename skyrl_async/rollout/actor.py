@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from skyrl_async.environments.base import EnvironmentFailure
 from skyrl_async.rollout.chat import Chat
+from skyrl_async.rollout.endpoint import EngineEndpoint
 from skyrl_async.rollout.engine_client import EngineClient, EngineStats
 from skyrl_async.rollout.episode import EpisodeLimits, Sessions, play
 from skyrl_async.rollout.group import play_group
@@ -68,7 +69,8 @@ class RolloutActor:
 
     Args:
         engine: generates; :meth:`run` runs it.
-        evaluation_engine: makes another engine, pinned to the weights that ``engine`` has now.
+        evaluation_engine: makes another engine, pinned to the weights that ``engine`` has now, or
+            around the server at an endpoint.
         sessions: opens environments.
         chat: of the policy's tokenizer.
         settings: how to play.
@@ -79,7 +81,7 @@ class RolloutActor:
         self,
         *,
         engine: Engine,
-        evaluation_engine: Callable[[], Engine],
+        evaluation_engine: Callable[[EngineEndpoint | None], Engine],
         sessions: Sessions,
         chat: Chat,
         settings: RolloutSettings,
@@ -137,15 +139,22 @@ class RolloutActor:
         groups, self._finished = tuple(self._finished), []
         return _report(self._engine.policy_version, groups, self._engine.take_stats())
 
-    async def evaluate(self, tasks: Sequence[Task]) -> EvaluationResult:
-        """Play ``tasks`` greedily with the weights that the engine has now, pinned.
+    async def evaluate(
+        self, tasks: Sequence[Task], *, endpoint: EngineEndpoint | None = None
+    ) -> EvaluationResult:
+        """Play ``tasks`` greedily with pinned weights.
 
         An engine of its own plays them, so that training goes on generating and swapping.
+
+        Args:
+            tasks: to play.
+            endpoint: server that nothing is loaded into meanwhile; None for the weights that this
+                actor's engine has now.
 
         Raises:
             RuntimeError: if that engine failed.
         """
-        engine = self._evaluation_engine()
+        engine = self._evaluation_engine(endpoint)
         greedy = replace(self._settings.sampling, temperature=0.0)
         runner = asyncio.create_task(engine.run())
         plays = asyncio.gather(

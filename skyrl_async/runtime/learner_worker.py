@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,8 @@ from skyrl_async.metrics.ledger import TimeLedger, fractions
 from skyrl_async.types import SampledBatch, StepResult
 
 if TYPE_CHECKING:
-    from skyrl_async.weight_sync.collective import PairAddress
+    from skyrl_async.weight_sync.receiving import Address
+    from skyrl_async.weight_sync.transport import WeightSender
 
 _PARTS = ("wait", "prepare", "proximal", "train", "snapshot")
 
@@ -26,7 +27,8 @@ class LearnerWorker:
 
         worker = LearnerWorker(config, rank=0)
         worker.start()
-        addresses = worker.open_publisher(engine_ids, host="127.0.0.1", folder=...)
+        worker.open_publisher(host="127.0.0.1", folder=...)
+        address = worker.open_pair(engine_id)      # for the receiver beside that engine
         result = worker.step(batch)                # publishes in the background
         worker.save_policy(folder)
         worker.close()
@@ -44,6 +46,7 @@ class LearnerWorker:
         self._rank = rank
         self._store_address = store_address
         self._publisher: Any = None
+        self._store: Any = None
 
     def start(self) -> Mapping[str, Any]:
         """Load the policy and join the learner group; return where this worker runs."""
@@ -73,42 +76,63 @@ class LearnerWorker:
         self._snapshots = SnapshotPool(model.named_parameters(), dtype=getattr(torch, source.dtype))
         return {"pid": os.getpid(), "host": socket.gethostname()}
 
-    def open_publisher(
-        self, engine_ids: Sequence[str], *, host: str, folder: Path
-    ) -> dict[str, PairAddress | Path]:
-        """Start the publisher; return where the receiver beside each engine finds its sender.
+    def open_publisher(self, *, host: str, folder: Path) -> None:
+        """Start the publisher, without engines.
 
         Args:
-            engine_ids: of the training pool.
             host: address to listen on, as the engines can reach it.
             folder: shared with the engines; used by the disk transport only.
         """
-        from skyrl_async.weight_sync.collective import CollectiveSender, host_store
-        from skyrl_async.weight_sync.disk import DiskSender
         from skyrl_async.weight_sync.publisher import WeightPublisher
 
+        self._host, self._folder = host, folder
+        self._publisher = WeightPublisher({}, timeout_s=self._config.weight_sync.timeout_s)
+
+    def open_pair(self, engine_id: str) -> Address:
+        """Make a sender for an engine, in place of an old one; return where it is found."""
+        sender, address = self._make_sender(engine_id)
+        self._publisher.remove_engine(engine_id)
+        self._publisher.add_engine(engine_id, sender)
+        return address
+
+    def close_pair(self, engine_id: str) -> None:
+        """Give up the sender of an engine, also in the middle of a transfer."""
+        self._publisher.remove_engine(engine_id)
+
+    def publish_newest(self) -> None:
+        """Publish the present weights to the engines that do not have them."""
+        self._publisher.publish(self._snapshots.take(self._learner.policy_version))
+
+    def _make_sender(self, engine_id: str) -> tuple[WeightSender, Address]:
+        from skyrl_async.weight_sync.collective import CollectiveSender
+        from skyrl_async.weight_sync.disk import DiskSender
+        from skyrl_async.weight_sync.pair import host_store
+        from skyrl_async.weight_sync.sglang_direct import DirectSender
+
         settings = self._config.weight_sync
-        senders: dict[str, Any] = {}
-        addresses: dict[str, PairAddress | Path] = {}
         if settings.transport == "disk":
-            for engine_id in engine_ids:
-                addresses[engine_id] = place = folder / engine_id.replace(" ", "_")
-                senders[engine_id] = DiskSender(place)
-        else:
-            store = host_store(host)
-            for engine_id in engine_ids:
-                sender = CollectiveSender(
-                    engine_id, store=store, bucket_bytes=settings.bucket_bytes, host=host
-                )
-                senders[engine_id], addresses[engine_id] = sender, sender.address
-        self._publisher = WeightPublisher(senders, timeout_s=settings.timeout_s)
-        return addresses
+            place = self._folder / engine_id.replace(" ", "_")
+            return DiskSender(place), place
+        if self._store is None:
+            self._store = host_store(self._host)
+        options: dict[str, Any] = {
+            "store": self._store,
+            "bucket_bytes": settings.bucket_bytes,
+            "host": self._host,
+            "max_bytes_per_s": settings.max_bytes_per_s,
+        }
+        engine = self._config.engine
+        if engine.kind == "sglang" and engine.weight_load == "direct":
+            direct = DirectSender(engine_id, **options)
+            return direct, direct.address
+        sender = CollectiveSender(engine_id, **options)
+        return sender, sender.address
 
     def step(self, batch: SampledBatch) -> StepResult:
         """Train on a batch and hand the new weights to the publisher.
 
         Raises:
-            RuntimeError: if the publisher failed or lost an engine.
+            RuntimeError: if the publisher failed, or lost the engine of a rollout actor.
         """
         with self._ledger.part("prepare"):
             result = self._learner.step(batch)
@@ -138,10 +162,13 @@ class LearnerWorker:
             self._publisher.publish(self._snapshots.take(result.policy_version))
         self._publisher.check()
         stats = self._publisher.take_stats()
-        if stats.lost_engines:
+        # Engines that are workers of their own come back by themselves.
+        if stats.lost_engines and self._config.engine.kind == "embedded":
             raise RuntimeError(f"publishing lost {', '.join(stats.lost_engines)}")
         return {
             "sync/bytes": stats.size_bytes,
             "sync/transfer_s": stats.transfer_s,
             "sync/versions_skipped": stats.versions_skipped,
+            "sync/rejections": stats.num_rejections,
+            "sync/lost_engines": len(stats.lost_engines),
         }

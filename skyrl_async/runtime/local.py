@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from skyrl_async.config import Config
+from skyrl_async.runtime.engine_worker import EngineWorker, server_names
 from skyrl_async.runtime.learner_worker import LearnerWorker
 from skyrl_async.runtime.rollout_worker import RolloutWorker, engine_name
 from skyrl_async.types import SampledBatch, StepResult
@@ -28,6 +30,18 @@ class LocalLearner:
     async def step(self, batch: SampledBatch) -> StepResult:
         """Train on a batch."""
         return await self.call(self._worker.step, batch)
+
+    async def open_pair(self, engine_id: str) -> Any:
+        """Make a new sender for an engine; return its address."""
+        return await self.call(self._worker.open_pair, engine_id)
+
+    async def close_pair(self, engine_id: str) -> None:
+        """Give up the sender of an engine at once: the publisher is safe to call meanwhile."""
+        self._worker.close_pair(engine_id)
+
+    async def publish_newest(self) -> None:
+        """Publish the present weights to the engines that do not have them."""
+        await self.call(self._worker.publish_newest)
 
     async def save_policy(self, folder: Path) -> None:
         """Write the policy in Hugging Face format."""
@@ -53,6 +67,10 @@ class LocalRuntime:
         self.rollouts: Mapping[str, RolloutWorker] = {
             engine_name(i): RolloutWorker(config, index=i) for i in range(config.rollout.num_actors)
         }
+        self.engines: Mapping[str, EngineWorker] = {
+            name: EngineWorker(config, index=i, folder=folder)
+            for i, name in enumerate(server_names(config))
+        }
         self._learner_worker = worker
         self._folder = folder
 
@@ -62,17 +80,22 @@ class LocalRuntime:
         where = {"learner 0": await self.learner.call(self._learner_worker.start)}
         for name, worker in self.rollouts.items():
             where[name] = await worker.start()
-        addresses = await self.learner.call(self._open_publisher)
+        open_publisher = partial(
+            self._learner_worker.open_publisher, host="127.0.0.1", folder=self._folder / "weights"
+        )
+        await self.learner.call(open_publisher)
+        if self.engines:
+            status("starting SGLang")
+            places = await asyncio.gather(*(engine.start() for engine in self.engines.values()))
+            return {**where, **dict(zip(self.engines, places, strict=True))}
         for name, worker in self.rollouts.items():
-            await worker.connect(addresses[name])
+            await worker.connect(await self.learner.open_pair(name))
         return where
 
     async def close(self) -> None:
         """Stop all workers."""
-        await asyncio.gather(*(worker.close() for worker in self.rollouts.values()))
-        await self.learner.close()
-
-    def _open_publisher(self) -> Any:
-        return self._learner_worker.open_publisher(
-            list(self.rollouts), host="127.0.0.1", folder=self._folder / "weights"
+        await asyncio.gather(
+            *(worker.close() for worker in self.rollouts.values()),
+            *(engine.close() for engine in self.engines.values()),
         )
+        await self.learner.close()

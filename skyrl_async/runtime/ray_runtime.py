@@ -15,6 +15,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from skyrl_async.config import Config
 from skyrl_async.coordination.coordinator import WorkerFailed
+from skyrl_async.coordination.engine_fleet import EngineReport
+from skyrl_async.rollout.endpoint import EngineEndpoint
+from skyrl_async.runtime.engine_worker import EngineWorker, server_names
 from skyrl_async.runtime.learner_worker import LearnerWorker
 from skyrl_async.runtime.rollout_worker import RolloutWorker, engine_name
 from skyrl_async.types import (
@@ -25,6 +28,7 @@ from skyrl_async.types import (
     StepResult,
     Task,
 )
+from skyrl_async.weight_sync.receiving import Address
 
 
 class RayRolloutActor(RolloutWorker):
@@ -32,6 +36,14 @@ class RayRolloutActor(RolloutWorker):
 
     async def where(self) -> dict[str, Any]:
         """Load everything; return where this actor runs."""
+        return {**await self.start(), "node": ray.get_runtime_context().get_node_id()}
+
+
+class RayEngineWorker(EngineWorker):
+    """The Ray actor around the worker beside an SGLang server: an asyncio actor."""
+
+    async def where(self) -> dict[str, Any]:
+        """Start the server; return where this actor runs."""
         return {**await self.start(), "node": ray.get_runtime_context().get_node_id()}
 
 
@@ -71,9 +83,34 @@ class RemoteRollout:
         """Return what happened since the last report."""
         return await _answer(self._handle.poll.remote(wait_s=wait_s))
 
-    async def evaluate(self, tasks: Sequence[Task]) -> EvaluationResult:
-        """Play greedily with the weights that its engine has now."""
-        return await _answer(self._handle.evaluate.remote(tasks))
+    async def evaluate(
+        self, tasks: Sequence[Task], *, endpoint: EngineEndpoint | None = None
+    ) -> EvaluationResult:
+        """Play greedily with the weights that its engine, or the one at ``endpoint``, has now."""
+        return await _answer(self._handle.evaluate.remote(tasks, endpoint=endpoint))
+
+    async def set_engines(self, endpoints: Sequence[EngineEndpoint]) -> None:
+        """Play with these engines from now on."""
+        await _answer(self._handle.set_engines.remote(list(endpoints)))
+
+
+class RemoteEngine:
+    """The worker beside an SGLang server as the fleet sees it."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+
+    async def poll(self, *, wait_s: float) -> EngineReport:
+        """Return how the engine is."""
+        return await _answer(self._handle.poll.remote(wait_s=wait_s))
+
+    async def connect(self, address: Address) -> None:
+        """Make the receiver's end of a new pair."""
+        await _answer(self._handle.connect.remote(address))
+
+    async def pin(self) -> EngineReport:
+        """Keep the weights as they are."""
+        return await _answer(self._handle.pin.remote())
 
 
 class RemoteLearner:
@@ -90,6 +127,18 @@ class RemoteLearner:
             for rank, handle in enumerate(self._handles)
         ]
         return (await asyncio.gather(*calls))[0]
+
+    async def open_pair(self, engine_id: str) -> Address:
+        """Make a new sender for an engine; return its address."""
+        return await _answer(self._handles[0].open_pair.remote(engine_id))
+
+    async def close_pair(self, engine_id: str) -> None:
+        """Give up the sender of an engine."""
+        await _answer(self._handles[0].close_pair.remote(engine_id))
+
+    async def publish_newest(self) -> None:
+        """Publish the present weights to the engines that do not have them."""
+        await _answer(self._handles[0].publish_newest.remote())
 
     async def save_policy(self, folder: Path) -> None:
         """Write the policy in Hugging Face format."""
@@ -109,8 +158,10 @@ class RayRuntime:
         self._folder = folder
         self._learners: list[Any] = []
         self._actors: dict[str, Any] = {}
+        self._engine_actors: dict[str, Any] = {}
         self.learner: RemoteLearner
         self.rollouts: Mapping[str, RemoteRollout] = {}
+        self.engines: Mapping[str, RemoteEngine] = {}
 
     async def start(self, status: Callable[[str], None]) -> Mapping[str, Any]:
         """Start Ray and all actors and connect the engines; return where each worker runs.
@@ -126,6 +177,7 @@ class RayRuntime:
         self._create_actors()
         self.learner = RemoteLearner(self._learners)
         self.rollouts = {name: RemoteRollout(handle) for name, handle in self._actors.items()}
+        self.engines = {name: RemoteEngine(handle) for name, handle in self._engine_actors.items()}
         try:
             async with asyncio.timeout(config.cluster.startup_timeout_s):
                 return await self._start_workers(status)
@@ -138,10 +190,11 @@ class RayRuntime:
 
     async def close(self) -> None:
         """Stop all workers; leave a cluster that others started, end one that this run started."""
-        closing = [h.close.remote() for h in (*self._actors.values(), *self._learners)]
+        handles = (*self._actors.values(), *self._engine_actors.values(), *self._learners)
+        closing = [handle.close.remote() for handle in handles]
         if closing:
             await asyncio.to_thread(ray.wait, closing, num_returns=len(closing), timeout=1.5)
-        for handle in (*self._actors.values(), *self._learners):
+        for handle in handles:
             ray.kill(handle)
         await asyncio.to_thread(ray.shutdown)
 
@@ -154,6 +207,7 @@ class RayRuntime:
         needed = (
             config.cluster.learner_cpus * config.learner.num_ranks
             + config.cluster.actor_cpus * config.rollout.num_actors
+            + config.cluster.engine_cpus * len(server_names(config))
         )
         os.environ.setdefault("RAY_DISABLE_IMPORT_WARNING", "1")
         ray.init(
@@ -181,6 +235,16 @@ class RayRuntime:
         )
         for index in range(config.rollout.num_actors):
             self._actors[engine_name(index)] = actor_class.remote(config, index=index)
+        engine_class = ray.remote(RayEngineWorker).options(
+            num_cpus=config.cluster.engine_cpus,
+            num_gpus=config.engine.gpus_per_engine,
+            max_concurrency=100,
+            scheduling_strategy="SPREAD" if spread else "DEFAULT",
+        )
+        for index, name in enumerate(server_names(config)):
+            self._engine_actors[name] = engine_class.remote(
+                config, index=index, folder=self._folder
+            )
 
     async def _start_workers(self, status: Callable[[str], None]) -> Mapping[str, Any]:
         host = await self._bind_address()
@@ -189,18 +253,17 @@ class RayRuntime:
             await asyncio.gather(*(_answer(h.set_store.remote(address)) for h in self._learners))
         named = {f"learner {rank}": handle for rank, handle in enumerate(self._learners)}
         named.update(self._actors)
+        named.update(self._engine_actors)
         places = await asyncio.gather(
             *(_named_answer(name, handle.where.remote()) for name, handle in named.items())
         )
         status("connecting the engines to the publisher")
-        addresses = await _answer(
-            self._learners[0].open_publisher.remote(
-                list(self._actors), host=host, folder=self._folder / "weights"
-            )
+        await _answer(
+            self._learners[0].open_publisher.remote(host=host, folder=self._folder / "weights")
         )
-        await asyncio.gather(
-            *(_answer(h.connect.remote(addresses[name])) for name, h in self._actors.items())
-        )
+        if not self._engine_actors:
+            for name, handle in self._actors.items():
+                await _answer(handle.connect.remote(await self.learner.open_pair(name)))
         return dict(zip(named, places, strict=True))
 
     async def _bind_address(self) -> str:

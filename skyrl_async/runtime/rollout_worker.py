@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import copy
 import os
 import socket
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skyrl_async.config import Config
+from skyrl_async.rollout.endpoint import EngineEndpoint
+from skyrl_async.runtime.actor_engines import EmbeddedEngines, ServerEngines
 from skyrl_async.types import Assignment, EvaluationResult, RolloutReport, Task
 
 if TYPE_CHECKING:
-    from skyrl_async.rollout.embedded_engine import EmbeddedEngine
-    from skyrl_async.weight_sync.collective import PairAddress
-    from skyrl_async.weight_sync.layout import WeightLayout
-    from skyrl_async.weight_sync.transport import WeightReceiverTransport
-
-_EVALUATION_SEED = 1
+    from skyrl_async.weight_sync.receiving import Address
 
 
 class RolloutWorker:
@@ -29,7 +24,8 @@ class RolloutWorker:
 
         worker = RolloutWorker(config, index=0)
         await worker.start()                       # loads the policy
-        await worker.connect(address)              # to the learner's publisher
+        await worker.connect(address)              # to the learner's publisher, or
+        await worker.set_engines(endpoints)        # where engines are workers of their own
         await worker.submit(assignments)
         report = await worker.poll(wait_s=1.0)
         await worker.close()
@@ -43,24 +39,23 @@ class RolloutWorker:
         self._config = config
         self._index = index
         self._running: asyncio.Task[None] | None = None
-        self._receiver: Any = None
 
     async def start(self) -> Mapping[str, Any]:
         """Load the policy and start the engine; return where this worker runs."""
-        import torch
-
         from skyrl_async.environments.host import EnvironmentHost
-        from skyrl_async.learner.policy import load_model, load_tokenizer
+        from skyrl_async.learner.policy import load_tokenizer, vocabulary_size
         from skyrl_async.rollout.actor import RolloutActor, RolloutSettings
         from skyrl_async.rollout.chat import Chat
         from skyrl_async.rollout.episode import EpisodeLimits
         from skyrl_async.runtime.settings import policy_source, sampling_settings
 
         config = self._config
-        torch.set_num_threads(config.engine.num_threads)
         source = policy_source(config)
-        self._model = load_model(source).requires_grad_(False)
-        self._engine = self._make_engine(self._model, seed=config.seed + self._index)
+        self._engines: EmbeddedEngines | ServerEngines
+        if config.engine.kind == "embedded":
+            self._engines = EmbeddedEngines(config, index=self._index)
+        else:
+            self._engines = ServerEngines(config, vocab_size=vocabulary_size(source))
         chat = Chat(load_tokenizer(source))
         env = config.environment
         self._host = EnvironmentHost(
@@ -72,8 +67,8 @@ class RolloutWorker:
             max_observation_chars=env.max_observation_chars,
         )
         self._actor = RolloutActor(
-            engine=self._engine,
-            evaluation_engine=self._make_evaluation_engine,
+            engine=self._engines.engine,
+            evaluation_engine=self._engines.for_evaluation,
             sessions=self._host,
             chat=chat,
             settings=RolloutSettings(
@@ -89,24 +84,17 @@ class RolloutWorker:
         self._running = asyncio.create_task(self._actor.run())
         return {"pid": os.getpid(), "host": socket.gethostname()}
 
-    async def connect(self, address: PairAddress | Path) -> None:
-        """Start the weight receiver beside the engine.
+    async def connect(self, address: Address) -> None:
+        """Start the weight receiver beside the engine of this process.
 
         Args:
             address: of this engine's sender: a pair of a collective transport, or a folder.
         """
-        from skyrl_async.weight_sync.layout import WeightLayout
-        from skyrl_async.weight_sync.receiver import WeightReceiver
+        self._engines.connect(address, self._actor.engine_swapped)
 
-        loop = asyncio.get_running_loop()
-        timeout_s = self._config.weight_sync.timeout_s
-
-        def load(weights: Mapping[str, Any], policy_version: int) -> None:
-            swap = self._swap(weights, policy_version)
-            asyncio.run_coroutine_threadsafe(swap, loop).result(timeout_s)
-
-        expected = WeightLayout.of(self._model.named_parameters())
-        self._receiver = WeightReceiver(_receiving_end(address, expected), load)
+    async def set_engines(self, endpoints: Sequence[EngineEndpoint]) -> None:
+        """Play with these servers from now on."""
+        self._engines.set_engines(endpoints)
 
     async def submit(self, assignments: Sequence[Assignment]) -> None:
         """Start to play; returns at once."""
@@ -118,58 +106,23 @@ class RolloutWorker:
         Raises:
             RuntimeError: if the engine, a group, or the weight receiver failed.
         """
-        if self._receiver is not None:
-            self._receiver.check()
+        self._engines.check()
         return await self._actor.poll(wait_s=wait_s)
 
-    async def evaluate(self, tasks: Sequence[Task]) -> EvaluationResult:
-        """Play ``tasks`` greedily with the weights that the engine has now."""
-        return await self._actor.evaluate(tasks)
+    async def evaluate(
+        self, tasks: Sequence[Task], *, endpoint: EngineEndpoint | None = None
+    ) -> EvaluationResult:
+        """Play ``tasks`` greedily with the weights that the engine, or the server, has now."""
+        return await self._actor.evaluate(tasks, endpoint=endpoint)
 
     async def close(self) -> None:
         """Stop everything that this worker started."""
-        if self._receiver is not None:
-            await asyncio.to_thread(self._receiver.close)
         if self._running is not None:
+            await self._engines.close()
             await self._actor.close()
             self._running.cancel()
             await asyncio.gather(self._running, return_exceptions=True)
             await self._host.close()
-
-    async def _swap(self, weights: Mapping[str, Any], policy_version: int) -> None:
-        await self._engine.load_weights(weights, policy_version=policy_version)
-        self._actor.engine_swapped()
-
-    def _make_engine(self, model: Any, *, seed: int, policy_version: int = 0) -> EmbeddedEngine:
-        from skyrl_async.rollout.embedded_engine import EmbeddedEngine
-
-        engine = self._config.engine
-        return EmbeddedEngine(
-            model,
-            max_concurrent=engine.max_concurrent,
-            context_length=engine.context_length,
-            kv_after_swap=engine.kv_after_swap,
-            seed=seed,
-            policy_version=policy_version,
-        )
-
-    def _make_evaluation_engine(self) -> EmbeddedEngine:
-        """Return an engine around a copy of the model as it is now."""
-        return self._make_engine(
-            copy.deepcopy(self._model),
-            seed=_EVALUATION_SEED,
-            policy_version=self._engine.policy_version,
-        )
-
-
-def _receiving_end(address: PairAddress | Path, expected: WeightLayout) -> WeightReceiverTransport:
-    if isinstance(address, Path):
-        from skyrl_async.weight_sync.disk import DiskReceiver
-
-        return DiskReceiver(address, expected=expected, policy_version=0)
-    from skyrl_async.weight_sync.collective import CollectiveReceiver
-
-    return CollectiveReceiver(address, expected=expected, policy_version=0)
 
 
 def engine_name(index: int) -> str:

@@ -9,23 +9,20 @@ engine is silent until the deadline ends. No pair waits for another.
 from __future__ import annotations
 
 import contextlib
-import hmac
-import secrets
-import socket
 import threading
 import time
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 
 from skyrl_async.types import WeightManifest
-from skyrl_async.weight_sync.control_channel import ControlChannel, hang_up, seconds_until
+from skyrl_async.weight_sync.control_channel import ControlChannel
 from skyrl_async.weight_sync.layout import FlatBuffer, WeightLayout
-from skyrl_async.weight_sync.pair_group import RENDEZVOUS_LIMIT_S, PairGroup
+from skyrl_async.weight_sync.pair import Pair, PairAddress, PairListener, connect_to_sender
+from skyrl_async.weight_sync.pair_group import paced
 from skyrl_async.weight_sync.snapshot import WeightSnapshot
 from skyrl_async.weight_sync.staging import WeightStaging
 from skyrl_async.weight_sync.transport import (
@@ -38,104 +35,8 @@ from skyrl_async.weight_sync.transport import (
     encode_manifest,
 )
 
-_CONNECT_TIMEOUT_S = 5.0
-_HELLO_TIMEOUT_S = 1.0
 _MIN_ANSWER_S = 0.1
 _LONGEST_TRANSFER_S = 86_400.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PairAddress:
-    """How a receiver finds its sender; picklable, and as secret as the weights.
-
-    Attributes:
-        host: address of the learner.
-        control_port: where its sender listens.
-        store_port: where the pair's groups meet.
-        pair_id: unguessable name of the pair, never used again.
-    """
-
-    host: str
-    control_port: int
-    store_port: int
-    pair_id: str
-
-
-def host_store(host: str = "127.0.0.1", port: int = 0) -> dist.TCPStore:
-    """Host the store at which pairs meet; keep the object as long as pairs may be made.
-
-    Args:
-        host: address of the interface to listen on, and on no other.
-        port: 0 chooses a free one; see the result's ``port``.
-    """
-    listener = socket.create_server((host, port))
-    return dist.TCPStore(
-        host,
-        listener.getsockname()[1],
-        is_master=True,
-        wait_for_workers=False,
-        timeout=timedelta(seconds=RENDEZVOUS_LIMIT_S),
-        # Left alone, a TCPStore listens on all interfaces.
-        master_listen_fd=listener.detach(),
-    )
-
-
-class _Pair:
-    """Channel and group of one side, and their end, which any thread may bring."""
-
-    def __init__(self, address: PairAddress, *, rank: int) -> None:
-        self.address = address
-        self.channel: ControlChannel | None = None
-        self.group: PairGroup | None = None
-        self.group_number = 0
-        self._rank = rank
-        self._closed = False
-        self._lock = threading.Lock()
-
-    def set_channel(self, channel: ControlChannel) -> None:
-        """Keep ``channel``, or close it if the pair has ended."""
-        with self._lock:
-            if not self._closed:
-                self.channel = channel
-                return
-        channel.close()
-        raise ConnectionAbortedError("the pair was closed on this side")
-
-    def join(self, number: int, *, deadline: float) -> PairGroup:
-        """Return group ``number`` of the pair; meet the other side in it if it is new."""
-        if self.group is not None and self.group_number == number:
-            return self.group
-        self.drop_group()
-        assert self.channel is not None
-        group = PairGroup(
-            rank=self._rank,
-            store_address=(self.address.host, self.address.store_port),
-            prefix=f"{self.address.pair_id}/{number}",
-            local_host=self.channel.local_host,
-            deadline=deadline,
-        )
-        with self._lock:
-            if not self._closed:
-                self.group, self.group_number = group, number
-                return group
-        group.interrupt()
-        raise ConnectionAbortedError("the pair was closed on this side")
-
-    def drop_group(self) -> None:
-        """Give up the group; the other side's pending broadcasts fail."""
-        with self._lock:
-            group, self.group = self.group, None
-        if group is not None:
-            group.interrupt()
-
-    def close(self) -> None:
-        """End the pair and wake whoever is blocked in it."""
-        with self._lock:
-            self._closed = True
-            channel = self.channel
-        if channel is not None:
-            channel.close()
-        self.drop_group()
 
 
 class CollectiveSender:
@@ -146,6 +47,7 @@ class CollectiveSender:
         store: from :func:`host_store`, shared by all senders of a learner.
         bucket_bytes: sent at once.
         host: address of the interface to listen on, reachable by the engine.
+        max_bytes_per_s: send no faster; None for as fast as the network allows.
 
     Raises:
         ValueError: if ``bucket_bytes`` is not positive.
@@ -159,20 +61,16 @@ class CollectiveSender:
         store: dist.TCPStore,
         bucket_bytes: int = 8 << 20,
         host: str = "127.0.0.1",
+        max_bytes_per_s: float | None = None,
     ) -> None:
         if bucket_bytes < 1:
             raise ValueError(f"bucket_bytes must be >= 1, got {bucket_bytes}")
         self._engine_id = engine_id
-        self._store = store
         self._bucket_bytes = bucket_bytes
-        self._listener = socket.create_server((host, 0), backlog=4)
-        self.address = PairAddress(
-            host=host,
-            control_port=self._listener.getsockname()[1],
-            store_port=store.port,
-            pair_id=secrets.token_hex(16),
-        )
-        self._pair = _Pair(self.address, rank=0)
+        self._max_bytes_per_s = max_bytes_per_s
+        self._listener = PairListener(store=store, host=host)
+        self.address = self._listener.address
+        self._pair = Pair(self.address, rank=0)
         self._next_group = 1
         self._sending = threading.Lock()
 
@@ -193,7 +91,7 @@ class CollectiveSender:
     def _send(
         self, snapshot: WeightSnapshot, manifest: WeightManifest, deadline: float
     ) -> TransferReport:
-        channel = self._connected(deadline)
+        channel = self._listener.connect(self._pair, deadline=deadline)
         started = time.monotonic()
         if self._pair.group is None:
             self._next_group += 1
@@ -204,18 +102,21 @@ class CollectiveSender:
             "remaining_s": deadline - started,
         }
         channel.send(announcement, deadline=deadline)
-        _raise_refusal(channel.receive(deadline=deadline))
+        raise_refusal(channel.receive(deadline=deadline))
         # A broken broadcast is judged by the receiver, which may be alive and say what it misses.
         with contextlib.suppress(RuntimeError):
             try:
                 group = self._pair.join(self._next_group, deadline=deadline)
-                group.broadcast(snapshot.flat.split(self._bucket_bytes), deadline=deadline)
+                buckets = snapshot.flat.split(self._bucket_bytes)
+                group.broadcast(
+                    paced(buckets, self._max_bytes_per_s, deadline=deadline), deadline=deadline
+                )
             except RuntimeError:
                 self._pair.drop_group()
                 raise
         moved = time.monotonic()
         try:
-            _raise_refusal(channel.receive(deadline=deadline))
+            raise_refusal(channel.receive(deadline=deadline))
         except TransferRejected:
             self._pair.drop_group()
             raise
@@ -225,33 +126,14 @@ class CollectiveSender:
             load_s=time.monotonic() - moved,
         )
 
-    def _connected(self, deadline: float) -> ControlChannel:
-        """Return the channel; at first wait for the engine to connect and to name the pair."""
-        while self._pair.channel is None:
-            self._listener.settimeout(seconds_until(deadline))
-            connection, _ = self._listener.accept()
-            channel = ControlChannel(connection)
-            try:
-                hello = channel.receive(deadline=min(deadline, time.monotonic() + _HELLO_TIMEOUT_S))
-                known = hmac.compare_digest(
-                    str(hello.get("pair_id")).encode(), self.address.pair_id.encode()
-                )
-            except (OSError, ValueError):
-                known = False
-            if known:
-                self._pair.set_channel(channel)
-            else:
-                channel.close()
-        hang_up(self._listener)
-        return self._pair.channel
-
     def close(self) -> None:
         """End the pair, from any thread; a blocked ``send`` raises ``EngineLost`` at once."""
-        hang_up(self._listener)
+        self._listener.close()
         self._pair.close()
 
 
-def _raise_refusal(answer: dict[str, Any]) -> None:
+def raise_refusal(answer: Mapping[str, Any]) -> None:
+    """Raise ``TransferRejected`` if a receiver's answer says so."""
     if answer["error"] is not None:
         raise TransferRejected(str(answer["error"]), retryable=bool(answer["retryable"]))
 
@@ -293,18 +175,24 @@ class CollectiveReceiver:
         address: of the sender.
         expected: layout of the engine's parameters, ``WeightLayout.of(model.named_parameters())``.
         policy_version: that the engine runs now; -1 if its weights count for nothing.
+        shared: stage into named shared memory, for an engine in another process.
     """
 
     def __init__(
-        self, address: PairAddress, *, expected: WeightLayout, policy_version: int = -1
+        self,
+        address: PairAddress,
+        *,
+        expected: WeightLayout,
+        policy_version: int = -1,
+        shared: bool = False,
     ) -> None:
-        self._pair = _Pair(address, rank=1)
-        self._staging = WeightStaging(expected, policy_version=policy_version)
+        self._pair = Pair(address, rank=1)
+        self._staging = WeightStaging(expected, policy_version=policy_version, shared=shared)
 
     def receive(self, timeout_s: float) -> StagedWeights | None:
         """Wait for a version, stage and verify it, as :class:`WeightReceiverTransport` says."""
         try:
-            channel = self._connected()
+            channel = connect_to_sender(self._pair)
             try:
                 message = channel.receive(deadline=time.monotonic() + timeout_s)
             except TimeoutError:
@@ -360,21 +248,11 @@ class CollectiveReceiver:
         if error is None:
             self._staging.commit(staged.policy_version)
         try:
-            channel = self._connected()
+            channel = connect_to_sender(self._pair)
             _answer(channel, staged.deadline, error, retryable=error is not None)
         except OSError as reason:
             self.close()
             raise LearnerLost(f"the learner is lost: {type(reason).__name__}: {reason}") from reason
-
-    def _connected(self) -> ControlChannel:
-        if self._pair.channel is None:
-            address = self._pair.address
-            deadline = time.monotonic() + _CONNECT_TIMEOUT_S
-            channel = ControlChannel.connect(address.host, address.control_port, deadline=deadline)
-            self._pair.set_channel(channel)
-            channel.send({"pair_id": address.pair_id}, deadline=deadline)
-        assert self._pair.channel is not None
-        return self._pair.channel
 
     def close(self) -> None:
         """End the pair, from any thread; a blocked ``receive`` raises ``LearnerLost`` at once."""

@@ -119,6 +119,7 @@ class DiskReceiver:
         expected: layout of the engine's parameters, ``WeightLayout.of(model.named_parameters())``.
         policy_version: that the engine runs now; -1 if its weights count for nothing.
         poll_interval_s: between two looks into the folder.
+        shared: stage into named shared memory, for an engine in another process.
     """
 
     def __init__(
@@ -128,9 +129,10 @@ class DiskReceiver:
         expected: WeightLayout,
         policy_version: int = -1,
         poll_interval_s: float = 0.02,
+        shared: bool = False,
     ) -> None:
         self._folder = folder
-        self._staging = WeightStaging(expected, policy_version=policy_version)
+        self._staging = WeightStaging(expected, policy_version=policy_version, shared=shared)
         self._poll_interval_s = poll_interval_s
         self._sequence = 0
         self._closed = threading.Event()

@@ -98,7 +98,7 @@ def untied(named_parameters: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Te
     seen: set[object] = set()
     for name, tensor in named_parameters:
         place: object = id(tensor)
-        if tensor.numel():
+        if tensor.numel() and not tensor.is_meta:
             place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
         if place in seen:
             continue
@@ -120,8 +120,19 @@ class FlatBuffer:
 
     __slots__ = ("data", "flat", "tensors")
 
-    def __init__(self, layout: WeightLayout, *, pinned: bool = False) -> None:
-        self.flat = torch.zeros(layout.size_bytes, dtype=torch.uint8, pin_memory=pinned)
+    def __init__(self, layout: WeightLayout, *, pinned: bool = False, shared: bool = False) -> None:
+        """Allocate it.
+
+        Args:
+            layout: of the tensors.
+            pinned: page-locked, for copies from a GPU.
+            shared: named shared memory, which other processes of this machine can be given.
+        """
+        if shared:
+            storage = torch.UntypedStorage._new_using_filename_cpu(layout.size_bytes)
+            self.flat = torch.empty(0, dtype=torch.uint8).set_(storage).zero_()
+        else:
+            self.flat = torch.zeros(layout.size_bytes, dtype=torch.uint8, pin_memory=pinned)
         bytes_of_flat: Any = self.flat.numpy()
         self.data = memoryview(bytes_of_flat)
         self.tensors: dict[str, Tensor] = {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -62,7 +62,7 @@ class PairGroup:
 
     def broadcast(
         self,
-        buckets: Sequence[Tensor],
+        buckets: Iterable[Tensor],
         *,
         deadline: float,
         on_bucket: Callable[[int], None] | None = None,
@@ -101,6 +101,18 @@ class PairGroup:
                 [torch.empty(1, dtype=torch.uint8)], self._peer, _INTERRUPT_TAG
             )
             pending.wait(timedelta(milliseconds=1))
+
+
+def paced(
+    buckets: Iterable[Tensor], max_bytes_per_s: float | None, *, deadline: float
+) -> Iterator[Tensor]:
+    """Yield ``buckets`` no faster than a rate; None for no limit, and none after ``deadline``."""
+    due = time.monotonic()
+    for bucket in buckets:
+        yield bucket
+        if max_bytes_per_s is not None:
+            due += bucket.numel() * bucket.element_size() / max_bytes_per_s
+            time.sleep(max(0.0, min(due, deadline) - time.monotonic()))
 
 
 def _finish(moving: deque[tuple[int, Any]], on_bucket: Callable[[int], None] | None) -> None:

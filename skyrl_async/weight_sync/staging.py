@@ -13,10 +13,15 @@ class WeightStaging:
     Args:
         expected: layout of the engine's parameters.
         policy_version: that the engine runs now; -1 if its weights count for nothing.
+        shared: stage into named shared memory, which the engine copies from; so one buffer is
+            enough.
     """
 
-    def __init__(self, expected: WeightLayout, *, policy_version: int = -1) -> None:
+    def __init__(
+        self, expected: WeightLayout, *, policy_version: int = -1, shared: bool = False
+    ) -> None:
         self.expected = expected
+        self._shared = shared
         self.policy_version = policy_version
         self._buffers: list[FlatBuffer | None] = [None, None]
         self._free = 0
@@ -33,10 +38,11 @@ class WeightStaging:
         """Return the buffer that no live parameter aliases."""
         buffer = self._buffers[self._free]
         if buffer is None:
-            buffer = self._buffers[self._free] = FlatBuffer(self.expected)
+            buffer = self._buffers[self._free] = FlatBuffer(self.expected, shared=self._shared)
         return buffer
 
     def commit(self, policy_version: int) -> None:
         """Say that the engine now runs ``policy_version`` from the free buffer."""
         self.policy_version = policy_version
-        self._free = 1 - self._free
+        if not self._shared:
+            self._free = 1 - self._free

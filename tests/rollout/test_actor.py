@@ -47,7 +47,7 @@ def one_turn(task: Task) -> FakeSession:
     return FakeSession("guess", outcome(reward=float(task.seed), terminated=True))
 
 
-def no_evaluation():
+def no_evaluation(endpoint):
     raise AssertionError("no evaluation was asked for")
 
 
@@ -301,7 +301,8 @@ def test_evaluation_plays_greedily_on_an_engine_of_its_own():
     training = FakeEngine(lambda call: [EIGHT, STOP], policy_version=5)
     engines: list[FakeEngine] = []
 
-    def evaluation_engine():
+    def evaluation_engine(endpoint):
+        assert endpoint is None
         engines.append(FakeEngine(lambda call: [FIVE, STOP], policy_version=5))
         return engines[-1]
 
@@ -352,7 +353,7 @@ def test_evaluation_keeps_its_version_while_the_training_engine_swaps():
             actor = make_actor(
                 training,
                 sessions,
-                evaluation_engine=lambda: EmbeddedEngine(
+                evaluation_engine=lambda _: EmbeddedEngine(
                     copy.deepcopy(model), policy_version=training.policy_version, **options
                 ),
             )
@@ -376,7 +377,7 @@ def test_death_of_the_evaluation_engine_ends_the_evaluation_alone():
         evaluation = FakeEngine(lambda call: [EIGHT, STOP], before_reply=die)
         sessions = FakeSessions(one_turn)
         training = FakeEngine(lambda call: [EIGHT, STOP])
-        actor = start(make_actor(training, sessions, evaluation_engine=lambda: evaluation))
+        actor = start(make_actor(training, sessions, evaluation_engine=lambda _: evaluation))
         with pytest.raises(RuntimeError, match=r"evaluation engine: ValueError\('no memory'\)"):
             await actor.evaluate([task(0), task(1)])
         assert sessions.all_closed and len(evaluation.released) == 2
@@ -393,7 +394,7 @@ def test_programming_error_in_an_evaluation_propagates():
 
     async def body(start):
         engine = FakeEngine(lambda call: [EIGHT, STOP])
-        actor = make_actor(engine, FakeSessions(make), evaluation_engine=lambda: engine)
+        actor = make_actor(engine, FakeSessions(make), evaluation_engine=lambda _: engine)
         with pytest.raises(ZeroDivisionError, match="a bug"):
             await actor.evaluate([task(0)])
 
@@ -418,7 +419,7 @@ def test_cancelled_evaluation_frees_its_engine_and_environments():
         evaluation = FakeEngine(lambda call: [EIGHT, STOP])
         sessions = FakeSessions(lambda task: SlowToClose("guess", hang))
         training = FakeEngine(lambda call: [EIGHT, STOP])
-        actor = make_actor(training, sessions, evaluation_engine=lambda: evaluation)
+        actor = make_actor(training, sessions, evaluation_engine=lambda _: evaluation)
         evaluating = asyncio.create_task(actor.evaluate([task(0), task(1)]))
         await reached.wait()
         evaluating.cancel()

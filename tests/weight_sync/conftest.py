@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch.distributed as dist
 
-from skyrl_async.weight_sync.collective import host_store
+from skyrl_async.weight_sync.pair import host_store
 
 
 @pytest.fixture(autouse=True)

@@ -4,12 +4,13 @@ The processes are forked from one clean server that has imported torch, since ev
 seconds.
 """
 
+import itertools
 import multiprocessing
 import os
 import signal
 import threading
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -19,13 +20,9 @@ import torch
 from torch import Tensor
 
 from skyrl_async.weight_sync import collective
-from skyrl_async.weight_sync.collective import (
-    CollectiveReceiver,
-    CollectiveSender,
-    PairAddress,
-    host_store,
-)
+from skyrl_async.weight_sync.collective import CollectiveReceiver, CollectiveSender
 from skyrl_async.weight_sync.disk import DiskSender
+from skyrl_async.weight_sync.pair import PairAddress, host_store
 from skyrl_async.weight_sync.pair_group import PairGroup
 from skyrl_async.weight_sync.receiver import WeightReceiver
 from skyrl_async.weight_sync.snapshot import SnapshotPool
@@ -109,8 +106,8 @@ def run_learner(pipe: Connection, signal_number: int) -> None:
     sender.send(pool.take(0), deadline=soon(20))
     broadcast = PairGroup.broadcast
 
-    def stop_half_way(group: PairGroup, buckets: Sequence[Tensor], *, deadline: float) -> None:
-        broadcast(group, buckets[:3], deadline=deadline)
+    def stop_half_way(group: PairGroup, buckets: Iterable[Tensor], *, deadline: float) -> None:
+        broadcast(group, itertools.islice(buckets, 3), deadline=deadline)
         pipe.send(("signal", 1))
         os.kill(os.getpid(), signal_number)
 

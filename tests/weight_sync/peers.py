@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from skyrl_async.weight_sync.collective import CollectiveReceiver, CollectiveSender, PairAddress
+from skyrl_async.weight_sync.collective import CollectiveReceiver, CollectiveSender
 from skyrl_async.weight_sync.control_channel import ControlChannel
+from skyrl_async.weight_sync.pair import PairAddress
 from skyrl_async.weight_sync.pair_group import PairGroup
 from skyrl_async.weight_sync.receiver import WeightReceiver
 from skyrl_async.weight_sync.snapshot import SnapshotPool

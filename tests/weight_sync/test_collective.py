@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from skyrl_async.weight_sync.collective import CollectiveReceiver, CollectiveSender, host_store
+from skyrl_async.weight_sync.collective import CollectiveReceiver, CollectiveSender
 from skyrl_async.weight_sync.control_channel import MAX_MESSAGE_BYTES, ControlChannel
 from skyrl_async.weight_sync.layout import WeightLayout
+from skyrl_async.weight_sync.pair import host_store
 from skyrl_async.weight_sync.snapshot import SnapshotPool
 from skyrl_async.weight_sync.transport import (
     EngineLost,
