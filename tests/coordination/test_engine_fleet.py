@@ -1,0 +1,367 @@
+"""The pool of engines under deaths, restarts, lost pairs and evaluations, in any order."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from skyrl_async.coordination.admission import Admission
+from skyrl_async.coordination.engine_fleet import EngineFleet, EngineReport, FleetSettings
+
+NAMES = ("engine 0", "engine 1")
+DEADLINE_S = 10.0
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """What actors are given: the server process and the weights that it had."""
+
+    engine: str
+    incarnation: int
+
+
+class FakeEngine:
+    """A server with a worker beside it, which checks the order of what it is told."""
+
+    def __init__(self, name: str, learner: FakePublisher) -> None:
+        self.name = name
+        self.incarnation = 1
+        self.up = True
+        self.address: int | None = None
+        self.version = -1
+        self.news = asyncio.Event()
+        self._learner = learner
+
+    async def poll(self, *, wait_s: float) -> EngineReport:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(wait_s):
+                await self.news.wait()
+        self.news.clear()
+        return self.report()
+
+    async def connect(self, address: Any) -> None:
+        assert self._learner.pairs[self.name] == address, "an address is used while it is new"
+        self.version, self.address = -1, address
+        self.news.set()
+
+    async def pin(self) -> EngineReport:
+        version = self.version
+        self.address = None
+        report = self.report()
+        assert report.policy_version == version
+        return report
+
+    def report(self) -> EngineReport:
+        connected = self.address is not None and self._learner.pairs.get(self.name) == self.address
+        return EngineReport(
+            endpoint=Endpoint(self.name, self.incarnation) if self.up else None,
+            incarnation=self.incarnation,
+            connected=connected,
+            policy_version=self.version,
+            detail="" if self.up else "killed",
+        )
+
+    def die(self) -> None:
+        self.up, self.version, self.address = False, -1, None
+        self.news.set()
+
+    def come_back(self) -> None:
+        if not self.up:
+            self.up = True
+            self.incarnation += 1
+            self.news.set()
+
+    def load(self) -> None:
+        """Load the newest version, if a pair and a server are there."""
+        connected = self.address is not None and self._learner.pairs.get(self.name) == self.address
+        if self.up and connected and self._learner.published > self.version:
+            self.version = self._learner.published
+            self.news.set()
+
+
+class FakePublisher:
+    """Opens pairs, and counts versions."""
+
+    def __init__(self) -> None:
+        self.version = 0
+        self.published = -1
+        self.pairs: dict[str, int] = {}
+        self._next = 0
+
+    async def open_pair(self, engine_id: str) -> int:
+        self._next += 1
+        self.pairs[engine_id] = self._next
+        return self._next
+
+    async def close_pair(self, engine_id: str) -> None:
+        self.pairs.pop(engine_id, None)
+
+    async def publish_newest(self) -> None:
+        self.published = self.version
+
+    def step(self) -> None:
+        self.version += 1
+        self.published = self.version
+
+
+class Bench:
+    """A fleet over fakes and the real admission."""
+
+    def __init__(self) -> None:
+        self.learner = FakePublisher()
+        self.engines = {name: FakeEngine(name, self.learner) for name in NAMES}
+        self.admission = Admission(
+            groups_per_step=4, max_staleness=3, largest_group_bytes=10, capacity_bytes=10_000
+        )
+        self.pools: list[tuple[Endpoint, ...]] = []
+        self.fleet = EngineFleet(
+            self.engines,
+            ledger=self.admission,
+            learner=self.learner,
+            set_engines=self._set_engines,
+            on_report=lambda name, report: None,
+            on_change=self._changed,
+            settings=FleetSettings(poll_wait_s=0.01, answer_timeout_s=5.0),
+        )
+        self._reports = asyncio.Event()
+
+    async def _set_engines(self, endpoints: Sequence[Endpoint]) -> None:
+        for endpoint in endpoints:
+            engine = self.engines[endpoint.engine]
+            if engine.up and engine.incarnation == endpoint.incarnation and engine.address:
+                assert engine.version >= 0, "actors are given an engine with unverified weights"
+        self.pools.append(tuple(endpoints))
+
+    async def _changed(self) -> None:
+        self._reports.set()
+
+    @contextlib.asynccontextmanager
+    async def running(self):
+        watching = [asyncio.create_task(self.fleet.watch(name)) for name in NAMES]
+        try:
+            async with asyncio.timeout(DEADLINE_S):
+                yield
+        finally:
+            for task in watching:
+                task.cancel()
+            results = await asyncio.gather(*watching, return_exceptions=True)
+            for result in results:
+                if not isinstance(result, asyncio.CancelledError):
+                    raise result
+
+    async def until(self, condition) -> None:
+        while not condition():
+            self._reports.clear()
+            await self._reports.wait()
+
+    async def until_all_play(self) -> None:
+        """Let every engine come back and load; return when all are in the pool."""
+        for engine in self.engines.values():
+            engine.come_back()
+
+        def all_play() -> bool:
+            for engine in self.engines.values():
+                engine.load()
+            return set(self.fleet.pool) == set(NAMES)
+
+        await self.until(all_play)
+
+
+def bench_test(body):
+    """Run a coroutine with a fleet that watches both engines."""
+
+    def run():
+        async def main():
+            bench = Bench()
+            async with bench.running():
+                await body(bench)
+
+        asyncio.run(main())
+
+    run.__name__ = body.__name__
+    return run
+
+
+@bench_test
+async def test_no_engine_plays_before_it_has_loaded_a_verified_version(bench):
+    await bench.until(lambda: all(engine.address for engine in bench.engines.values()))
+    assert bench.fleet.pool == () and bench.pools == []
+
+    bench.engines["engine 1"].load()
+    await bench.until(lambda: bench.fleet.pool == ("engine 1",))
+    assert bench.pools[-1] == (Endpoint("engine 1", 1),)
+
+    await bench.until_all_play()
+    assert set(bench.pools[-1]) == {Endpoint("engine 0", 1), Endpoint("engine 1", 1)}
+
+
+@bench_test
+async def test_live_version_is_the_smallest_of_the_pool_and_a_dead_engine_does_not_hold_it_back(
+    bench,
+):
+    await bench.until_all_play()
+    bench.learner.step()
+    bench.engines["engine 0"].load()
+    await bench.until(lambda: not bench.engines["engine 0"].news.is_set())
+    assert bench.admission.live_version == 0
+
+    bench.engines["engine 1"].die()
+    await bench.until(lambda: bench.fleet.pool == ("engine 0",))
+    await bench.until(lambda: bench.admission.live_version == 1)
+    assert bench.pools[-1] == (Endpoint("engine 0", 1),)
+    assert "engine 1" not in bench.learner.pairs, "its sender is given up"
+
+
+@bench_test
+async def test_a_restarted_engine_comes_back_only_with_the_newest_version(bench):
+    await bench.until_all_play()
+    bench.engines["engine 0"].die()
+    await bench.until(lambda: bench.fleet.pool == ("engine 1",))
+    bench.learner.step()
+    bench.engines["engine 1"].load()
+    await bench.until(lambda: bench.admission.live_version == 1)
+
+    bench.engines["engine 0"].come_back()
+    await bench.until(lambda: bench.engines["engine 0"].address is not None)
+    assert bench.fleet.pool == ("engine 1",)
+
+    bench.engines["engine 0"].load()
+    await bench.until(lambda: len(bench.fleet.pool) == 2)
+    assert bench.engines["engine 0"].version == 1
+    assert Endpoint("engine 0", 2) in bench.pools[-1]
+
+
+@bench_test
+async def test_an_engine_that_loads_what_the_others_have_left_behind_waits_for_the_next(bench):
+    await bench.until_all_play()
+    one, other = bench.engines.values()
+    one.die()
+    await bench.until(lambda: bench.fleet.pool == (other.name,))
+    one.come_back()
+    await bench.until(lambda: one.address is not None)
+    bench.learner.step()
+    other.load()
+    await bench.until(lambda: bench.admission.live_version == 1)
+
+    one.version = 0
+    one.news.set()
+    await bench.until(lambda: not one.news.is_set())
+    await bench.until(lambda: True)
+    assert bench.fleet.pool == (other.name,)
+
+    one.load()
+    await bench.until(lambda: len(bench.fleet.pool) == 2)
+    assert bench.admission.live_version == 1
+
+
+@bench_test
+async def test_an_evaluation_has_an_engine_whose_weights_stay(bench):
+    await bench.until_all_play()
+    bench.learner.step()
+    bench.engines["engine 1"].load()
+    await bench.until(lambda: not bench.engines["engine 1"].news.is_set())
+    seen = []
+
+    async def play(endpoint):
+        seen.append(endpoint)
+        assert endpoint.engine not in bench.fleet.pool
+        version = bench.engines[endpoint.engine].version
+        bench.learner.step()
+        for engine in bench.engines.values():
+            engine.load()
+        await bench.until(lambda: bench.admission.live_version == 2)
+        assert bench.engines[endpoint.engine].version == version == 1
+        return "played"
+
+    assert await bench.fleet.evaluate(play) == "played"
+    assert [endpoint.engine for endpoint in seen] == ["engine 1"], "the newest one is taken"
+    await bench.until_all_play()
+
+
+@bench_test
+async def test_an_evaluation_whose_engine_dies_is_played_by_another(bench):
+    await bench.until_all_play()
+    seen = []
+
+    async def play(endpoint):
+        seen.append(endpoint.engine)
+        if len(seen) == 1:
+            bench.engines[endpoint.engine].die()
+            raise RuntimeError("connection lost")
+        return "played"
+
+    assert await bench.fleet.evaluate(play) == "played"
+    assert len(seen) == 2
+    await bench.until_all_play()
+
+
+@bench_test
+async def test_an_evaluation_that_always_fails_says_why(bench):
+    await bench.until_all_play()
+
+    async def play(endpoint):
+        bench.engines[endpoint.engine].load()
+        raise RuntimeError(f"no reply from {endpoint.engine}")
+
+    async def keep_loading():
+        while True:
+            for engine in bench.engines.values():
+                engine.load()
+            await asyncio.sleep(0)
+
+    loading = asyncio.create_task(keep_loading())
+    try:
+        with pytest.raises(RuntimeError, match="no reply from engine"):
+            await bench.fleet.evaluate(play)
+    finally:
+        loading.cancel()
+
+
+ACTIONS = ("die", "come_back", "load", "lose_pair", "step", "evaluate", "wait")
+
+
+@given(st.lists(st.tuples(st.sampled_from(ACTIONS), st.sampled_from(NAMES)), max_size=25))
+def test_whatever_happens_all_engines_play_again(actions):
+    """Admission refuses to count an engine twice, backwards or behind: then the fleet would die."""
+
+    async def main():
+        bench = Bench()
+
+        async def play(endpoint):
+            await asyncio.sleep(0)
+
+        async with bench.running():
+            await bench.until_all_play()
+            evaluations = []
+            for action, name in actions:
+                engine = bench.engines[name]
+                if action in ("die", "come_back", "load"):
+                    getattr(engine, action)()
+                elif action == "lose_pair":
+                    bench.learner.pairs.pop(name, None)
+                    engine.news.set()
+                elif action == "step":
+                    bench.learner.step()
+                elif action == "evaluate" and all(task.done() for task in evaluations):
+                    evaluations.append(asyncio.create_task(bench.fleet.evaluate(play)))
+                else:
+                    await asyncio.sleep(0)
+                live = bench.admission.live_version
+                await asyncio.sleep(0)
+                assert bench.admission.live_version >= live, "live_version never falls"
+            while evaluations and not evaluations[-1].done():
+                await bench.until_all_play()
+            for task in evaluations:
+                with contextlib.suppress(RuntimeError):
+                    task.result()
+            await bench.until_all_play()
+            assert bench.admission.live_version <= bench.learner.version
+
+    asyncio.run(main())
