@@ -12,6 +12,7 @@ setup(
     install_requires=[
         "torch>=2.8,<3",
         "ray>=2.49",
+        "aiohttp>=3.11",
         "gymnasium>=1.0,<2",
         "tensorboard>=2.18",
         "pydantic>=2.8,<3",

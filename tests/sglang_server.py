@@ -68,6 +68,8 @@ def sglang_settings(sglang_python: Path, tiny_model_folder: Path) -> Callable[..
 
     def make(log_path: Path, **changes: Any) -> ServerSettings:
         values: dict[str, Any] = {
+            "python": sglang_python,
+            "model_path": tiny_model_folder,
             "device": "cpu",
             "dtype": "float32",
             "context_length": 1024,
@@ -75,12 +77,7 @@ def sglang_settings(sglang_python: Path, tiny_model_folder: Path) -> Callable[..
             "max_total_tokens": 16384,
             "start_timeout_s": START_TIMEOUT_S,
         }
-        return ServerSettings(
-            python=sglang_python,
-            model_path=tiny_model_folder,
-            log_path=log_path,
-            **(values | changes),
-        )
+        return ServerSettings(log_path=log_path, **(values | changes))
 
     return make
 

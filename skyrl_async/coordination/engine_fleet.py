@@ -37,7 +37,6 @@ class EngineReport:
         incarnation: of the server process; a new one has lost its weights and its requests.
         connected: whether its receiver has a pair with the publisher.
         policy_version: verified and loaded since it was connected; -1 for none.
-        seconds: wall time of the engine by part since the last report.
         counts: swaps, stall seconds and the like since the last report, to be summed.
         detail: why it is down, for the log.
     """
@@ -46,7 +45,6 @@ class EngineReport:
     incarnation: int
     connected: bool
     policy_version: int
-    seconds: Mapping[str, float] = field(default_factory=dict)
     counts: Mapping[str, float] = field(default_factory=dict)
     detail: str = ""
 

@@ -103,8 +103,6 @@ class RunMetrics:
         r = self._recorder
         r.record("sync/stall_s", Sum(report.counts.get("stall_s", 0.0)))
         r.record("engine/restarts", Sum(report.counts.get("restarts", 0.0)))
-        if report.seconds:
-            r.record_parts("engine", report.seconds)
 
     def dropped(self, groups: Iterable[DroppedGroup]) -> None:
         """Count groups that failed at their actor."""

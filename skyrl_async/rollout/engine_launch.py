@@ -23,6 +23,7 @@ FAST_START_FILE = "sglang_fast_start.env"
 """In the folder of an environment made by ``launchers/sglang_cpu/install.sh``."""
 
 _FAST_START_MODEL_TYPES = ("llama", "qwen2", "qwen3", "qwen3_moe")
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _VERSION_TIMEOUT_S = 30.0
 _VERSION_CODE = "import importlib.metadata as m; print(m.version('sglang'))"
 
@@ -200,6 +201,8 @@ def server_command(settings: ServerSettings, *, port: int) -> list[str]:
         # The default attention on a CPU needs compiled kernels that no package index has.
         command += ["--attention-backend", "torch_native", "--sampling-backend", "pytorch"]
         command += ["--cuda-graph-backend-decode", "disabled", "--skip-server-warmup"]
+        # An idle scheduler would keep a core busy.
+        command += ["--sleep-on-idle"]
     if total is not None:
         command += ["--max-total-tokens", str(total)]
     return [*command, *settings.extra_args]
@@ -209,6 +212,9 @@ def server_environment(settings: ServerSettings) -> dict[str, str]:
     """Return the environment of the server: ours, with what a server without a GPU needs."""
     environment = {k: v for k, v in os.environ.items() if k not in _OWN_VARIABLES}
     environment["TOKENIZERS_PARALLELISM"] = "false"
+    if settings.host in _LOOPBACK:
+        # Groups with a learner on this machine must not listen on other interfaces.
+        environment["GLOO_SOCKET_IFNAME"] = "lo"
     if settings.device == "cpu":
         environment["SGLANG_USE_CPU_ENGINE"] = "1"
         environment["OMP_NUM_THREADS"] = str(settings.num_threads)

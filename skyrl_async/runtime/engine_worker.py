@@ -12,7 +12,6 @@ import contextlib
 import logging
 import os
 import socket
-import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -101,11 +100,13 @@ class EngineWorker:
         self._detail = ""
         self._stall_s = 0.0
         self._loads = 0
-        self._reported_s = time.monotonic()
         self._reported_incarnation = 0
 
-    async def start(self) -> Mapping[str, Any]:
+    async def start(self, *, host: str = "127.0.0.1") -> Mapping[str, Any]:
         """Start the server and wait until it is healthy; return where this worker runs.
+
+        Args:
+            host: address for the server to listen on, as rollout actors can reach it.
 
         Raises:
             RuntimeError: if it does not start, with the last lines of its log.
@@ -127,7 +128,7 @@ class EngineWorker:
             )
         else:
             self._supervisor = EngineSupervisor(
-                server_settings(config, name=self._name, folder=self._folder),
+                server_settings(config, name=self._name, folder=self._folder, host=host),
                 hang_timeout_s=config.engine.hang_timeout_s,
                 on_change=self._news.set,
             )
@@ -246,10 +247,9 @@ class EngineWorker:
         self._news.set()
 
     def _report(self) -> EngineReport:
-        status, now = self._supervisor.status, time.monotonic()
+        status = self._supervisor.status
         server = status.server
-        elapsed, self._reported_s = now - self._reported_s, now
-        stall_s, self._stall_s = min(self._stall_s, elapsed), 0.0
+        stall_s, self._stall_s = self._stall_s, 0.0
         loads, self._loads = self._loads, 0
         restarts = status.incarnation - self._reported_incarnation
         self._reported_incarnation = status.incarnation
@@ -261,13 +261,11 @@ class EngineWorker:
                 api_key=server.api_key,
                 policy_version=max(0, self._policy_version),
             )
-        up = "serve" if server is not None else "down"
         return EngineReport(
             endpoint=endpoint,
             incarnation=status.incarnation,
             connected=self._connected(),
             policy_version=self._policy_version,
-            seconds={up: elapsed - stall_s, "swap": stall_s},
             counts={"stall_s": stall_s, "loads": loads, "restarts": max(0, restarts)},
             detail=self._detail or status.detail,
         )

@@ -43,8 +43,13 @@ class RayEngineWorker(EngineWorker):
     """The Ray actor around the worker beside an SGLang server: an asyncio actor."""
 
     async def where(self) -> dict[str, Any]:
-        """Start the server; return where this actor runs."""
-        return {**await self.start(), "node": ray.get_runtime_context().get_node_id()}
+        """Start the server; return where this actor runs.
+
+        On a cluster it listens on its node's address, because rollout actors may be elsewhere.
+        """
+        alone = self._config.cluster.address is None
+        host = "127.0.0.1" if alone else ray.util.get_node_ip_address()
+        return {**await self.start(host=host), "node": ray.get_runtime_context().get_node_id()}
 
 
 class RayLearnerRank(LearnerWorker):

@@ -12,13 +12,14 @@ from skyrl_async.rollout.external_server import ExternalAddress
 from skyrl_async.runtime.settings import policy_source
 
 
-def server_settings(config: Config, *, name: str, folder: Path) -> ServerSettings:
+def server_settings(config: Config, *, name: str, folder: Path, host: str) -> ServerSettings:
     """Return the settings of one server; writes the built-in policy where it can be served from.
 
     Args:
         config: of the run, with ``engine.python``.
         name: of the engine.
         folder: of the run.
+        host: address to listen on.
     """
     engine, model = config.engine, config.model
     own = folder / "engines" / name.replace(" ", "_")
@@ -35,6 +36,7 @@ def server_settings(config: Config, *, name: str, folder: Path) -> ServerSetting
     return ServerSettings(
         python=Path(engine.python),
         model_path=Path(path),
+        host=host,
         device=engine.device,
         dtype=model.dtype,
         context_length=engine.context_length,

@@ -68,7 +68,7 @@ def alive(pids: list[int]) -> list[int]:
 
 
 def group_of(leader: int) -> list[int]:
-    """Return all processes of a process group."""
+    """Return the processes of a group that have not ended."""
     members = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -77,7 +77,7 @@ def group_of(leader: int) -> list[int]:
             continue
         if int(group) == leader:
             members.append(int(folder.name))
-    return members
+    return alive(members)
 
 
 def assert_vanish(pids: list[int]) -> None:

@@ -6,7 +6,7 @@ import signal
 import aiohttp
 import pytest
 
-from skyrl_async.learner.tiny_policy import build_tiny_tokenizer
+from skyrl_async.learner.tiny_policy import BUILT_IN_VOCABULARY_SIZE
 from skyrl_async.rollout.endpoint import EngineEndpoint
 from skyrl_async.rollout.engine_errors import UnverifiedWeights
 from skyrl_async.rollout.engine_pool import EnginePool
@@ -20,7 +20,8 @@ pytestmark = pytest.mark.sglang
 
 CONTEXT = [5, 6, 7, 8, 9]
 TOLERANCE = 1e-4
-VOCAB_SIZE = len(build_tiny_tokenizer())
+VOCAB_SIZE = BUILT_IN_VOCABULARY_SIZE
+"""Of the tiny policy: it can sample tokens that its tokenizer does not have."""
 
 
 async def relabel(server, label):

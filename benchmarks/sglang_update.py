@@ -1,0 +1,506 @@
+"""How long does a new policy version stop a real SGLang server that is decoding?
+
+Three ways of bringing it in, in turns: ``direct`` pauses the server and broadcasts over the network
+into it, ``memory`` and ``file`` stage the bytes beside the server while it decodes, and stop it for
+a copy within the machine. Learner, worker and server are processes of their own, as in a run; the
+server has a core to itself, all others share the rest.
+
+The network's rate is that of a collective between learner and worker over loopback; the slower ones
+are throttled at the sender. A stall is measured twice: from the call that pauses the server to the
+end of the one that resumes it (``reported``), and as a request sees it (``seen``): the longest gap
+between two of its tokens, of which one came before the pause, minus the usual gap. Under
+``recompute`` a request also sees how its context is computed again, which costs the same whichever
+way the weights came, so it is counted apart; the figures of a way alone are those under ``keep``.
+
+    python benchmarks/sglang_update.py --quick --sglang-python .sglang/bin/python
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import multiprocessing
+import os
+import random
+import statistics
+import tempfile
+import threading
+import time
+import uuid
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import torch
+from report import finish
+
+from skyrl_async.learner.tiny_policy import build_tiny_model, build_tiny_tokenizer
+from skyrl_async.rollout.engine_process import EngineProcess, RunningServer, ServerSettings
+from skyrl_async.weight_sync.collective import CollectiveSender
+from skyrl_async.weight_sync.layout import WeightLayout
+from skyrl_async.weight_sync.pair import host_store
+from skyrl_async.weight_sync.receiver import WeightReceiver
+from skyrl_async.weight_sync.receiving import receiving_end
+from skyrl_async.weight_sync.sglang_control import SglangControl
+from skyrl_async.weight_sync.sglang_direct import DirectReceiver, DirectSender
+from skyrl_async.weight_sync.sglang_loader import LoadReport, SglangLoader
+from skyrl_async.weight_sync.snapshot import SnapshotPool
+
+STAGED_GROWTH_TARGET = 1.20
+FULL_RATE_RATIO_TARGET = 0.5
+
+SHAPES: Mapping[str, Mapping[str, int]] = {
+    "1.5": {"hidden_size": 128, "num_layers": 2, "num_heads": 4, "vocab_size": 320},
+    "50": {"hidden_size": 448, "num_layers": 7, "num_heads": 8},
+    "500": {"hidden_size": 1024, "num_layers": 13, "num_heads": 16},
+}
+"""Of the built-in policy, by megabytes in float32."""
+RATES = {"full": 1, "1/4": 4, "1/16": 16}
+"""What the loopback rate is divided by."""
+WAYS = ("direct", "memory", "file")
+KV = ("recompute", "keep")
+
+NUM_BESIDE, PROMPT_TOKENS, CONTEXT_LENGTH = 3, 8, 256
+BESIDE_TOKENS = (32, 96)
+"""Fewest and most of a reply of the requests beside the probe."""
+PROBE_TOKENS = 128
+USUAL_GAPS = 50
+SETTLE_TOKENS = 10
+MIN_BUCKETS = 8
+"""Throttling holds back the bucket that follows, so a single one would travel at full speed."""
+WAIT_S = 120.0
+
+
+def learn(pipe: Connection, shape: Mapping[str, int]) -> None:
+    """Make senders and publish through them, as the messages say."""
+    torch.set_num_threads(1)
+    model = build_tiny_model(**shape).requires_grad_(False)
+    pool = SnapshotPool(model.named_parameters(), num_buffers=1)
+    store = host_store()
+    senders: dict[str, Any] = {}
+    pipe.send(pool.layout)
+    while message := pipe.recv():
+        if message[0] == "open":
+            _, pair, kind, max_bytes_per_s = message
+            senders[pair] = kind(
+                "engine",
+                store=store,
+                bucket_bytes=min(8 << 20, pool.layout.size_bytes // MIN_BUCKETS),
+                max_bytes_per_s=max_bytes_per_s,
+            )
+            pipe.send(senders[pair].address)
+            continue
+        _, pair, version = message
+        for parameter in model.parameters():
+            parameter.mul_(0.9999)
+        before_s = time.process_time()
+        snapshot = pool.take(version)
+        report = senders[pair].send(snapshot, deadline=time.monotonic() + WAIT_S)
+        snapshot.release()
+        pipe.send((report.transfer_s, time.process_time() - before_s))
+    for sender in senders.values():
+        sender.close()
+
+
+def work(pipe: Connection, layout: WeightLayout, url: str | None, key: str | None) -> None:
+    """Receive versions and load them into the server at ``url``, if any, as the messages say."""
+    torch.set_num_threads(1)
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, daemon=True).start()
+    control = SglangControl(url=url or "", admin_key=key)
+    loaders = {
+        (way, kv): SglangLoader(
+            control, kv_after_swap=kv, way="file" if way == "file" else "memory"
+        )
+        for way in WAYS
+        for kv in KV
+    }
+    chosen: Any = None
+    loaded: tuple[LoadReport, float] | None = None
+    receivers = []
+
+    def connect(transport: Any) -> WeightReceiver:
+        def load(weights: Mapping[str, torch.Tensor], policy_version: int) -> None:
+            nonlocal loaded
+            if url is None:
+                return
+            loader = loaders[chosen]
+            if isinstance(transport, DirectReceiver):
+                loading = transport.pull(control, loader)
+            else:
+                loading = loader.load(weights, policy_version=policy_version, timeout_s=WAIT_S)
+            report = asyncio.run_coroutine_threadsafe(loading, loop).result(WAIT_S)
+            loaded = (report, time.monotonic())
+
+        return WeightReceiver(transport, load)
+
+    while message := pipe.recv():
+        if message[0] == "open":
+            transport = receiving_end(message[1], expected=layout, policy_version=-1, shared=True)
+            receivers.append(connect(transport))
+            pipe.send(None)
+        elif message[0] == "choose":
+            chosen = message[1]
+            pipe.send(time.process_time())
+        else:
+            pipe.send((loaded, time.process_time()))
+    for receiver in receivers:
+        receiver.close()
+    asyncio.run_coroutine_threadsafe(control.close(), loop).result(WAIT_S)
+
+
+class Peer:
+    """A process at the other end of a pipe, and its answers, each within a deadline."""
+
+    def __init__(self, target: Any, *arguments: object) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=target, args=(theirs, *arguments), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    async def told(self) -> Any:
+        return await asyncio.to_thread(self._told)
+
+    async def ask(self, *message: object) -> Any:
+        self._pipe.send(message)
+        return await self.told()
+
+    def end(self) -> None:
+        self._pipe.send(None)
+        self._process.join(10)
+        self._process.kill()
+
+    def _told(self) -> Any:
+        if not self._pipe.poll(WAIT_S):
+            raise RuntimeError(f"a process said nothing for {WAIT_S:.0f} s")
+        return self._pipe.recv()
+
+
+@dataclass(slots=True)
+class Traffic:
+    """Requests that keep a server busy; one of them, the probe, has every token's arrival noted.
+
+    Attributes:
+        arrivals: of the tokens of each probe, in turn.
+        recomputed: by version, context tokens of running requests when it was loaded.
+    """
+
+    server: RunningServer
+    arrivals: list[list[float]] = field(default_factory=list)
+    recomputed: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+
+    async def run(self) -> None:
+        """Generate until cancelled."""
+        headers = {"Authorization": f"Bearer {self.server.api_key}"}
+        async with (
+            aiohttp.ClientSession(headers=headers, read_bufsize=1 << 20) as session,
+            asyncio.TaskGroup() as group,
+        ):
+            for seed in range(NUM_BESIDE):
+                group.create_task(self._beside(session, random.Random(seed)))
+            group.create_task(self._probe(session, random.Random(-1)))
+
+    async def _beside(self, session: aiohttp.ClientSession, rng: random.Random) -> None:
+        while True:
+            body = make_body(rng, rng.randint(*BESIDE_TOKENS))
+            async with session.post(f"{self.server.url}/generate", json=body) as reply:
+                self._note((await reply.json())["meta_info"])
+
+    async def _probe(self, session: aiohttp.ClientSession, rng: random.Random) -> None:
+        while True:
+            body = make_body(rng, PROBE_TOKENS, stream=True)
+            arrivals: list[float] = []
+            self.arrivals.append(arrivals)
+            async with session.post(f"{self.server.url}/generate", json=body) as reply:
+                last = b"{}"
+                async for line in reply.content:
+                    if line.startswith(b"data: {"):
+                        arrivals.append(time.monotonic())
+                        last = line
+            self._note(json.loads(last.removeprefix(b"data: "))["meta_info"])
+
+    def _note(self, meta_info: Mapping[str, Any]) -> None:
+        for span in meta_info["weight_versions"][1:]:
+            self.recomputed[span["version"]] += meta_info["prompt_tokens"] + span["start"]
+
+    def usual_gap_s(self) -> float:
+        gaps = [b - a for times in self.arrivals[-8:] for a, b in pairs_of(times)]
+        return statistics.median(gaps[-USUAL_GAPS:])
+
+    def longest_gap_s(self, start: float, end: float) -> float | None:
+        """Return it among those that overlap; None if no probe was running at the start."""
+        gaps = [gap for times in self.arrivals[-64:] for gap in pairs_of(times)]
+        if not any(before <= start < after for before, after in gaps):
+            return None
+        return max(b - a for a, b in gaps if a <= end and b > start)
+
+    async def settle(self, since: float) -> None:
+        """Return when the probe goes on after ``since``."""
+        async with asyncio.timeout(WAIT_S):
+            while sum(t > since for times in self.arrivals[-4:] for t in times) < SETTLE_TOKENS:
+                await asyncio.sleep(0.01)
+
+
+def make_body(rng: random.Random, max_tokens: int, *, stream: bool = False) -> dict[str, Any]:
+    return {
+        "rid": uuid.uuid4().hex,
+        "input_ids": rng.choices(range(64), k=PROMPT_TOKENS),
+        "sampling_params": {
+            "max_new_tokens": max_tokens,
+            "ignore_eos": True,
+            "stream_interval": 1,
+        },
+        "return_logprob": True,
+        "stream": stream,
+        # Nothing is shared, so that no prefix is found in the cache.
+        "extra_key": uuid.uuid4().hex,
+    }
+
+
+def pairs_of(times: Sequence[float]) -> list[tuple[float, float]]:
+    return list(zip(times, times[1:], strict=False))
+
+
+class Bench:
+    """One server with one size of weights, and everything around it."""
+
+    def __init__(self, server: RunningServer, learner: Peer, worker: Peer) -> None:
+        self._learner, self._worker = learner, worker
+        self._traffic = Traffic(server)
+        self._version = 0
+
+    async def measure(
+        self, loopback: float, rates: Sequence[str], repeats: int
+    ) -> list[dict[str, Any]]:
+        """Return the median row of every rate, way and treatment of the KV."""
+        for rate in rates:
+            limit = None if rate == "full" else loopback / RATES[rate]
+            await open_pair(self._learner, self._worker, f"direct {rate}", DirectSender, limit)
+            await open_pair(self._learner, self._worker, f"staged {rate}", CollectiveSender, limit)
+        cells = [(rate, way, kv) for kv in KV for rate in rates for way in WAYS]
+        samples: dict[tuple[str, str, str], list[dict[str, float]]] = defaultdict(list)
+        traffic = asyncio.create_task(self._traffic.run())
+        try:
+            await self._traffic.settle(time.monotonic())
+            for rate in rates:  # Makes the groups and the buffers.
+                for way in WAYS:
+                    await self._publish(rate, way, "recompute")
+            for _ in range(repeats):
+                for cell in cells:
+                    samples[cell].append(await self._publish(*cell))
+            await asyncio.sleep(0)
+            if traffic.done():
+                traffic.result()
+        finally:
+            traffic.cancel()
+            await asyncio.gather(traffic, return_exceptions=True)
+        return [self._row(cell, samples[cell]) for cell in cells]
+
+    async def _publish(self, rate: str, way: str, kv: str) -> dict[str, float]:
+        """Publish until a probe was running when the server was paused."""
+        traffic = self._traffic
+        for _ in range(5):
+            self._version += 1
+            usual_s = traffic.usual_gap_s()
+            worker_cpu_s = await self._worker.ask("choose", (way, kv))
+            pair = f"{'direct' if way == 'direct' else 'staged'} {rate}"
+            started = time.monotonic()
+            transfer_s, cpu_s = await self._learner.ask("publish", pair, self._version)
+            (report, ended), worker_cpu_after_s = await self._worker.ask("report")
+            if report.policy_version != self._version:
+                raise RuntimeError(f"version {report.policy_version} instead of {self._version}")
+            await traffic.settle(ended)
+            paused = ended - report.stall_s
+            seen_s = traffic.longest_gap_s(paused, ended)
+            before_s = traffic.longest_gap_s(started, paused)
+            if seen_s is None:
+                continue
+            return {
+                "version": self._version,
+                "reported_stall_s": report.stall_s,
+                "seen_stall_s": max(0.0, seen_s - usual_s),
+                "usual_gap_s": usual_s,
+                "longest_gap_before_s": before_s or usual_s,
+                "prepare_s": report.prepare_s,
+                "transfer_s": transfer_s,
+                "publish_cpu_s": cpu_s + worker_cpu_after_s - worker_cpu_s,
+            }
+        raise RuntimeError("no probe was running at any of five pauses")
+
+    def _row(self, cell: tuple[str, str, str], samples: list[dict[str, float]]) -> dict[str, Any]:
+        rate, way, kv = cell
+        names = [name for name in samples[0] if name != "version"]
+        row: dict[str, Any] = {"rate": rate, "way": way, "kv_after_swap": kv}
+        row |= {name: statistics.median(sample[name] for sample in samples) for name in names}
+        recomputed = [self._traffic.recomputed[str(sample["version"])] for sample in samples]
+        row["reprefilled_tokens"] = statistics.median(recomputed) if kv == "recompute" else 0
+        row["seen_stalls_s"] = [sample["seen_stall_s"] for sample in samples]
+        row["reported_stalls_s"] = [sample["reported_stall_s"] for sample in samples]
+        return row
+
+
+async def open_pair(
+    learner: Peer, worker: Peer, pair: str, kind: type, max_bytes_per_s: float | None
+) -> None:
+    address = await learner.ask("open", pair, kind, max_bytes_per_s)
+    await worker.ask("open", address)
+
+
+async def loopback_rate() -> float:
+    """Return bytes per second from learner to worker, without a server."""
+    learner = Peer(learn, SHAPES["50"])
+    layout = await learner.told()
+    worker = Peer(work, layout, None, None)
+    try:
+        await open_pair(learner, worker, "loopback", CollectiveSender, None)
+        seconds = [(await learner.ask("publish", "loopback", v))[0] for v in range(1, 8)]
+    finally:
+        learner.end()
+        worker.end()
+    return layout.size_bytes / statistics.median(seconds[1:])
+
+
+async def measure_size(
+    size: str, loopback: float, args: argparse.Namespace, cpus: tuple[set[int], set[int]]
+) -> tuple[list[dict[str, Any]], str]:
+    """Return the rows of one size, and SGLang's version."""
+    server_cpus, other_cpus = cpus
+    with tempfile.TemporaryDirectory() as folder:
+        model = build_tiny_model(**SHAPES[size])
+        model.save_pretrained(Path(folder) / "model")
+        del model
+        build_tiny_tokenizer().save_pretrained(Path(folder) / "model")
+        engine = EngineProcess(
+            ServerSettings(
+                python=args.sglang_python,
+                model_path=Path(folder) / "model",
+                log_path=Path(folder) / "server.log",
+                device="cpu",
+                dtype="float32",
+                context_length=CONTEXT_LENGTH,
+                max_running_requests=NUM_BESIDE + 1,
+                max_total_tokens=4096,
+                extra_args=("--incremental-streaming-output",),
+            )
+        )
+        os.sched_setaffinity(0, server_cpus)
+        peers = []
+        try:
+            server = await engine.start()
+            os.sched_setaffinity(0, other_cpus)
+            peers.append(learner := Peer(learn, SHAPES[size]))
+            layout = await learner.told()
+            peers.append(worker := Peer(work, layout, server.url, server.admin_key))
+            rates = ("full", "1/16") if args.quick else tuple(RATES)
+            repeats = 2 if args.quick else 3 if size == "500" else 7
+            rows = await Bench(server, learner, worker).measure(loopback, rates, repeats)
+        finally:
+            for peer in peers:
+                peer.end()
+            await engine.stop(timeout_s=1.0)
+    return [{"megabytes": size, **row} for row in rows], server.sglang_version
+
+
+def evaluate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the figures: what a request sees under ``keep``, where nothing is recomputed."""
+    stall_s: dict[str, Any] = defaultdict(lambda: defaultdict(dict))
+    cpu_s: dict[str, Any] = defaultdict(lambda: defaultdict(dict))
+    for row in rows:
+        if row["kv_after_swap"] == "keep":
+            size, rate, way = row["megabytes"], row["rate"], row["way"]
+            stall_s[size][rate][way] = row["seen_stall_s"]
+            cpu_s[size][rate][way] = row["publish_cpu_s"]
+    growth = {
+        size: {way: of_rate["1/16"][way] / of_rate["full"][way] for way in WAYS}
+        for size, of_rate in stall_s.items()
+    }
+    return {
+        "stall_s": stall_s,
+        "staged_growth": {s: {w: by[w] for w in ("memory", "file")} for s, by in growth.items()},
+        "pause_growth": {size: by["direct"] for size, by in growth.items()},
+        "full_rate_ratio": {
+            size: of_rate["full"]["memory"] / of_rate["full"]["direct"]
+            for size, of_rate in stall_s.items()
+        },
+        "publish_cpu_s": cpu_s,
+    }
+
+
+def find_misses(figures: Mapping[str, Any]) -> list[str]:
+    misses = [
+        f"staged_growth of {way} at {size} MB is {value:.2f}, above {STAGED_GROWTH_TARGET}"
+        for size, by_way in figures["staged_growth"].items()
+        for way, value in by_way.items()
+        if value > STAGED_GROWTH_TARGET
+    ]
+    return misses + [
+        f"full_rate_ratio at {size} MB is {value:.2f}, above {FULL_RATE_RATIO_TARGET}"
+        for size, value in figures["full_rate_ratio"].items()
+        if size != "1.5" and value > FULL_RATE_RATIO_TARGET
+    ]
+
+
+def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
+    columns = (
+        ("seen_stall_s", "stall seen", 1e3, 1),
+        ("reported_stall_s", "reported", 1e3, 1),
+        ("usual_gap_s", "usual gap", 1e3, 1),
+        ("longest_gap_before_s", "gap before", 1e3, 1),
+        ("prepare_s", "prepare", 1e3, 1),
+        ("transfer_s", "transfer", 1e3, 0),
+        ("publish_cpu_s", "CPU", 1e3, 0),
+        ("reprefilled_tokens", "re-prefill", 1, 0),
+    )
+    print("milliseconds, medians; re-prefilled tokens of all running requests")
+    print(f"{'MB':>4} {'KV':<10}{'rate':<6}{'way':<7}" + "".join(f"{c[1]:>11}" for c in columns))
+    for row in rows:
+        cells = "".join(f"{scale * row[name]:>11,.{n}f}" for name, _, scale, n in columns)
+        kv, rate, way = row["kv_after_swap"], row["rate"], row["way"]
+        print(f"{row['megabytes']:>4} {kv:<10}{rate:<6}{way:<7}{cells}")
+
+
+async def run(args: argparse.Namespace) -> None:
+    started = time.perf_counter()
+    *others, last = sorted(os.sched_getaffinity(0))
+    cpus = ({last}, set(others) or {last})
+    load = os.getloadavg()[0]
+    os.sched_setaffinity(0, cpus[1])
+    loopback = await loopback_rate()
+    rows, version = [], ""
+    for size in ("1.5", "50") if args.quick else tuple(SHAPES):
+        of_size, version = await measure_size(size, loopback, args, cpus)
+        rows += of_size
+        print_table(of_size)
+    figures = evaluate(rows)
+    more = {"loopback_bytes_per_s": loopback, "sglang": version, "load_average_at_start": load}
+    finish(
+        "sglang_update",
+        {**figures, **more, "rows": rows},
+        find_misses(figures),
+        started,
+        args.output,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Stalls of an SGLang server by new weights.")
+    parser.add_argument("--quick", action="store_true", help="small weights and few repeats")
+    parser.add_argument("--output", type=Path, help="also write the JSON object to this file")
+    parser.add_argument(
+        "--sglang-python",
+        type=Path,
+        default=Path(".sglang/bin/python"),
+        help="interpreter that has SGLang (default: %(default)s)",
+    )
+    torch.set_num_threads(1)
+    asyncio.run(run(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    main()

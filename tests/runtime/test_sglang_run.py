@@ -1,0 +1,156 @@
+"""Whole runs with real SGLang servers, and what becomes of them when a server dies or hangs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.runtime.launch import (
+    finish,
+    metrics_of,
+    output_of,
+    processes_mentioning,
+    start,
+    wait_until,
+)
+
+pytest_plugins = ("tests.sglang_server",)
+pytestmark = [pytest.mark.sglang, pytest.mark.timeout(400)]
+
+SERVED = ("engine.kind=sglang", "sampling.max_tokens=4", "logging.tensorboard=false")
+TWO = (*SERVED, "runtime=local", "engine.num_engines=2", "evaluation.num_tasks=0")
+
+
+def start_served(folder: Path, python: Path, *overrides: str):
+    return start(folder, *SERVED, f"engine.python={python}", *overrides, SKYRL_TEST_RUN=str(folder))
+
+
+def processes_of(folder: Path) -> list[int]:
+    return processes_mentioning(f"SKYRL_TEST_RUN={folder}")
+
+
+def server_of(folder: Path, engine: int) -> int:
+    """Return the process group of an engine's server, which its first process leads."""
+    model = str(folder / "engines" / f"engine_{engine}" / "model").encode()
+    for pid in processes_mentioning(f"engine_{engine}"):
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        if b"launch_server" in command and model in command and os.getpgid(pid) == pid:
+            return pid
+    raise AssertionError(f"no server of engine {engine}:\n{output_of(folder)}")
+
+
+def log_of(folder: Path) -> str:
+    path = folder / "run.log"
+    return path.read_text() if path.exists() else ""
+
+
+def joined(folder: Path, engine: int) -> int:
+    return log_of(folder).count(f"engine {engine} joined the pool")
+
+
+def until(condition, folder: Path, process, *, timeout_s: float, what: str) -> None:
+    """Wait for something that a run does; fail with its output if the run ends before."""
+
+    def met() -> bool:
+        assert process.poll() is None or condition(), output_of(folder) + log_of(folder)
+        return bool(condition())
+
+    wait_until(met, timeout_s=timeout_s, what=what)
+
+
+def test_trains_under_ray_with_every_version_verified_and_leaves_no_process(
+    tmp_path, sglang_python
+):
+    folder = tmp_path / "run"
+    process = start_served(folder, sglang_python, "runtime=ray", "run.steps=4")
+    summary = finish(process, folder, timeout_s=300)
+
+    assert (summary["status"], summary["exit_code"]) == ("finished", 0), output_of(folder)
+    assert summary["steps"] == 4 and summary["trajectories_trained"] == 64
+    assert summary["staleness_observed_max"] <= summary["staleness_configured_max"]
+    assert summary["dropped"] == {} and summary["failed_members"] == {}
+    assert summary["eval_policy_version"] == 4
+    assert set(summary["workers"]) == {"learner 0", "rollout actor 0", "engine 0"}
+    mismatch = [
+        m["offpolicy/mismatch_kl"] for m in metrics_of(folder) if "offpolicy/mismatch_kl" in m
+    ]
+    assert mismatch and max(map(abs, mismatch)) < 1e-6, "float32 on both sides"
+    wait_until(lambda: not processes_of(folder), timeout_s=15, what="all processes ended")
+
+
+def test_a_killed_server_costs_no_trajectory_and_comes_back_verified(tmp_path, sglang_python):
+    folder = tmp_path / "run"
+    process = start_served(folder, sglang_python, *TWO, "run.steps=100000", "staleness.max=2")
+    try:
+        until(lambda: len(metrics_of(folder)) >= 3, folder, process, timeout_s=200, what="3 steps")
+        assert joined(folder, 0) == joined(folder, 1) == 1
+        os.killpg(server_of(folder, 0), signal.SIGKILL)
+        steps = len(metrics_of(folder))
+        until(
+            lambda: "engine 0 left the pool" in log_of(folder),
+            folder,
+            process,
+            timeout_s=5,
+            what="the dead engine has left the pool",
+        )
+        until(
+            lambda: len(metrics_of(folder)) >= steps + 3,
+            folder,
+            process,
+            timeout_s=60,
+            what="training goes on with the other engine",
+        )
+        until(lambda: joined(folder, 0) == 2, folder, process, timeout_s=120, what="it is back")
+    finally:
+        process.send_signal(signal.SIGINT)
+    summary = finish(process, folder, timeout_s=60)
+
+    assert summary["status"] == "interrupted", output_of(folder)
+    assert summary["dropped"] == {} and summary["failed_members"] == {}
+    assert summary["staleness_observed_max"] <= 2
+    wait_until(lambda: not processes_of(folder), timeout_s=15, what="all processes ended")
+
+
+def test_a_stopped_server_is_taken_out_and_the_other_goes_on(tmp_path, sglang_python):
+    folder = tmp_path / "run"
+    process = start_served(
+        folder,
+        sglang_python,
+        *TWO,
+        "run.steps=100000",
+        "staleness.max=2",
+        "engine.load_timeout_s=5",
+    )
+    try:
+        until(lambda: len(metrics_of(folder)) >= 2, folder, process, timeout_s=200, what="2 steps")
+        group = server_of(folder, 1)
+        stopped_s = time.monotonic()
+        os.killpg(group, signal.SIGSTOP)
+        until(
+            lambda: "engine 1 left the pool" in log_of(folder),
+            folder,
+            process,
+            # A load that is under way may take its own time limit first.
+            timeout_s=12,
+            what="the stopped engine has left the pool",
+        )
+        steps = len(metrics_of(folder))
+        until(
+            lambda: len(metrics_of(folder)) >= steps + 2,
+            folder,
+            process,
+            timeout_s=60,
+            what="training goes on with the other engine",
+        )
+        assert time.monotonic() - stopped_s < 100
+    finally:
+        process.send_signal(signal.SIGINT)
+    summary = finish(process, folder, timeout_s=60)
+
+    assert summary["status"] == "interrupted", output_of(folder)
+    assert summary["dropped"] == {} and summary["failed_members"] == {}
+    wait_until(lambda: not processes_of(folder), timeout_s=15, what="all processes ended")
