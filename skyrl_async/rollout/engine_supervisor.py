@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from skyrl_async.rollout import engine_process
@@ -119,6 +122,7 @@ class EngineSupervisor:
         limits: of stopping and starting again.
         on_change: called whenever the status has changed.
         make_process: makes one start of a server.
+        log_age_s: returns the seconds since the server last wrote something.
         probe: asks a server for a sign of life, with a time limit in seconds; raises OSError or
             TimeoutError if there is none.
         clock: seconds; of life times and of silence.
@@ -137,6 +141,7 @@ class EngineSupervisor:
         on_change: Callable[[], None] = lambda: None,
         make_process: Callable[[ServerSettings], ServerProcess] = EngineProcess,
         probe: Callable[[RunningServer, float], Awaitable[None]] | None = None,
+        log_age_s: Callable[[], float] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if not 0 < probe_interval_s < hang_timeout_s:
@@ -151,6 +156,7 @@ class EngineSupervisor:
         self._on_change = on_change
         self._make_process = make_process
         self._probe = probe or _probe
+        self._log_age_s = log_age_s or partial(_age_s, settings.log_path)
         self._clock = clock
         self._status = EngineStatus(state="starting")
         self._changed = asyncio.Event()
@@ -322,6 +328,8 @@ class EngineSupervisor:
                 await asyncio.wait(over, timeout=self._probe_interval_s, return_when=_FIRST)
                 if not (ended.done() or unwanted.done() or self._is_silent()):
                     heard_s = await self._ask(server, over, heard_s=heard_s)
+                    # A flooded server answers late, but its scheduler goes on writing its log.
+                    heard_s = max(heard_s, self._clock() - self._log_age_s())
                 if unwanted.done():
                     return self._status.detail
                 if ended.done():
@@ -383,6 +391,14 @@ class EngineSupervisor:
         # Whoever waits now is woken; whoever comes later waits for the next change.
         self._changed.set()
         self._changed = asyncio.Event()
+
+
+def _age_s(path: Path) -> float:
+    """Return the seconds since a file was written; infinity if it is not there."""
+    try:
+        return time.time() - path.stat().st_mtime
+    except OSError:
+        return math.inf
 
 
 async def _probe(server: RunningServer, timeout_s: float) -> None:

@@ -198,6 +198,23 @@ def test_an_answer_begins_the_limit_anew(tmp_path):
     supervised(lambda: World(tmp_path, hang_timeout_s=4.0), body)
 
 
+def test_server_that_answers_late_but_goes_on_writing_its_log_is_no_hang(tmp_path):
+    age_s = 1.0
+
+    async def body(world):
+        nonlocal age_s
+        await world.until("healthy", 1)
+        world.answer = TimeoutError
+        for _ in range(3):
+            world.clock.now += 3.9
+            await world.probed()
+        assert world.supervisor.state == "healthy"
+        age_s = 5.0
+        await world.until("down", 1)
+
+    supervised(lambda: World(tmp_path, hang_timeout_s=4.0, log_age_s=lambda: age_s), body)
+
+
 def test_silence_is_no_hang_while_it_is_expected(tmp_path):
     async def body(world):
         await world.until("healthy", 1)
