@@ -210,6 +210,7 @@ def test_server_that_answers_late_but_goes_on_writing_its_log_is_no_hang(tmp_pat
             await world.probed()
         assert world.supervisor.state == "healthy"
         age_s = 5.0
+        world.clock.now += 4.0
         await world.until("down", 1)
 
     supervised(lambda: World(tmp_path, hang_timeout_s=4.0, log_age_s=lambda: age_s), body)
