@@ -259,6 +259,7 @@ class EngineFleet:
 
     async def _connect(self, name: str, report: EngineReport) -> None:
         settings = self._settings
+        logger.info("%s is up, and is given the newest weights", name)
         async with Deadline(settings.answer_timeout_s, f"the learner to open a pair with {name}"):
             address = await self._learner.open_pair(name)
         async with Deadline(settings.answer_timeout_s, f"{name} to connect"):
