@@ -41,6 +41,7 @@ class Row:
         groups_per_step: B.
         learning_rate: of AdamW.
         steps: learner steps.
+        stops_at_reward: end with the first held-out evaluation of 0.95.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Row:
     learning_rate: float
     steps: int
     groups_per_step: int = GROUPS
+    stops_at_reward: bool = False
 
 
 def run(row: Row, *, runtime: str, folder: Path) -> dict[str, Any]:
@@ -68,6 +70,8 @@ def run(row: Row, *, runtime: str, folder: Path) -> dict[str, Any]:
         "logging.tensorboard=false",
         "logging.console=plain",
     ]
+    if row.stops_at_reward:
+        command.append(f"run.stop_at_eval_reward={REWARD}")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CI": "true"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     if done.returncode != 0:
@@ -135,7 +139,13 @@ def tune(*, runtime: str, folder: Path) -> None:
     print_header()
     for k in (4, 0):
         for rate in GRID:
-            row = Row(name=f"K={k} rate={rate:g}", staleness_max=k, learning_rate=rate, steps=STEPS)
+            row = Row(
+                name=f"K={k} rate={rate:g}",
+                staleness_max=k,
+                learning_rate=rate,
+                steps=STEPS,
+                stops_at_reward=True,
+            )
             print_row(run(row, runtime=runtime, folder=folder))
 
 

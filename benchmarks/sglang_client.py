@@ -7,7 +7,8 @@
 
 Each round runs all ways one after the other, in changing order, with new prompts of 32 tokens and
 128 new tokens with logprobs. A ratio is the median over the rounds of the tokens per second over
-those of ``bare`` in the same round, so that other programs on the machine matter less.
+those of ``bare`` in the same round, so that other programs on the machine matter less; CPU time of
+this process does not depend on them.
 
     python benchmarks/sglang_client.py --quick --sglang-python /path/to/venv/bin/python
 """
@@ -47,7 +48,7 @@ from skyrl_async.types import Sampling
 
 RATIO_TARGET = 0.95
 PROMPT_TOKENS, NEW_TOKENS, VOCAB_SIZE, CONTEXT_LENGTH = 32, 128, 320, 2048
-CONCURRENT = {1: 4, 8: 32, 32: 96}
+CONCURRENT = {1: 2, 8: 16, 32: 64}
 """Requests in flight, and requests of one measurement."""
 
 START_TIMEOUT_S = 180.0
@@ -134,7 +135,8 @@ async def servers(arguments: argparse.Namespace) -> AsyncIterator[dict[str, str]
         await answers(urls["server"], settings.log_path)
         async with aiohttp.ClientSession() as session:
             label = {"new_version": "0", "abort_all_requests": False}
-            await session.post(f"{urls['server']}/update_weight_version", json=label)
+            async with session.post(f"{urls['server']}/update_weight_version", json=label) as done:
+                done.raise_for_status()
         if arguments.smg is not None:
             port, metrics_port = free_port(HOST), free_port(HOST)
             urls["smg"] = f"http://{HOST}:{port}"
@@ -198,41 +200,46 @@ async def ways(urls: dict[str, str]) -> AsyncIterator[dict[str, One]]:
             await client.close()
 
 
-async def tokens_per_s(one: One, rng: random.Random, *, concurrent: int, requests: int) -> float:
-    """Return the rate of ``requests`` requests, so many at once."""
+async def one_measurement(
+    one: One, rng: random.Random, *, concurrent: int, requests: int
+) -> tuple[float, float]:
+    """Return tokens per second of ``requests`` requests, and CPU seconds of this process."""
     prompts = [rng.choices(range(VOCAB_SIZE), k=PROMPT_TOKENS) for _ in range(requests)]
-    tokens = 0
+    counts: list[int] = []
 
     async def worker() -> None:
-        nonlocal tokens
         while prompts:
-            tokens += await one(prompts.pop())
+            counts.append(await one(prompts.pop()))
 
-    started = time.perf_counter()
+    started, cpu_started = time.perf_counter(), time.process_time()
     await asyncio.gather(*(worker() for _ in range(concurrent)))
-    if tokens != requests * NEW_TOKENS:
-        raise RuntimeError(f"{requests} requests returned {tokens} tokens")
-    return tokens / (time.perf_counter() - started)
+    seconds, cpu_s = time.perf_counter() - started, time.process_time() - cpu_started
+    if counts != [NEW_TOKENS] * requests:
+        raise RuntimeError(f"{requests} requests returned {counts} tokens")
+    return sum(counts) / seconds, cpu_s
 
 
 async def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     rng = random.Random(0)
     rates: dict[int, dict[str, list[float]]] = {}
+    cpu: dict[str, list[float]] = {}
     async with servers(arguments) as urls, ways(urls) as compared:
         names = list(compared)
         for one in compared.values():
-            await tokens_per_s(one, rng, concurrent=8, requests=8)
-        for turn in range(3 if arguments.quick else 12):
+            await one_measurement(one, rng, concurrent=8, requests=8)
+        for turn in range(3 if arguments.quick else 30):
             order = names[turn % len(names) :] + names[: turn % len(names)]
             for concurrent, requests in CONCURRENT.items():
-                if arguments.quick:
-                    requests //= 2
                 for name in order:
-                    rate = await tokens_per_s(
+                    rate, cpu_s = await one_measurement(
                         compared[name], rng, concurrent=concurrent, requests=requests
                     )
                     rates.setdefault(concurrent, {}).setdefault(name, []).append(rate)
-    return {"rows": [row(concurrent, by_way) for concurrent, by_way in rates.items()]}
+                    cpu.setdefault(name, []).append(1e3 * cpu_s / requests)
+    return {
+        "rows": [row(concurrent, by_way) for concurrent, by_way in rates.items()],
+        "cpu_ms_per_request": {name: statistics.median(values) for name, values in cpu.items()},
+    }
 
 
 def row(concurrent: int, rates: dict[str, list[float]]) -> dict[str, Any]:
@@ -259,7 +266,7 @@ def find_misses(rows: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-def print_table(rows: list[dict[str, Any]]) -> None:
+def print_table(rows: list[dict[str, Any]], cpu: dict[str, float]) -> None:
     names = list(rows[0]["tokens_per_s"])
     print(f"{'tokens/s':<12}" + "".join(f"{name:>10}{'ratio':>8}" for name in names))
     for row in rows:
@@ -268,13 +275,15 @@ def print_table(rows: list[dict[str, Any]]) -> None:
             for name in names
         )
         print(f"{row['concurrent']:<12}{cells}")
+    cells = "".join(f"{cpu[name]:>10.2f}{'':>8}" for name in names)
+    print(f"{'CPU ms/req':<12}{cells}")
 
 
 def main() -> None:
     arguments = parse_args()
     started = time.perf_counter()
     figures = asyncio.run(measure(arguments))
-    print_table(figures["rows"])
+    print_table(figures["rows"], figures["cpu_ms_per_request"])
     misses = find_misses(figures["rows"])
     figures["chunks"] = "cumulative" if arguments.cumulative else "incremental"
     finish("sglang_client", figures, misses, started, arguments.output)

@@ -19,37 +19,35 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
-import multiprocessing
 import os
-import random
 import statistics
 import tempfile
-import threading
 import time
-import uuid
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import torch
 from report import finish
+from sglang_update_peers import (
+    CONTEXT_LENGTH,
+    KV,
+    NUM_BESIDE,
+    WAYS,
+    Peer,
+    Traffic,
+    learn,
+    work,
+)
 
 from skyrl_async.learner.tiny_policy import build_tiny_model, build_tiny_tokenizer
 from skyrl_async.rollout.engine_process import EngineProcess, RunningServer, ServerSettings
 from skyrl_async.weight_sync.collective import CollectiveSender
-from skyrl_async.weight_sync.layout import WeightLayout
-from skyrl_async.weight_sync.pair import host_store
-from skyrl_async.weight_sync.receiver import WeightReceiver
-from skyrl_async.weight_sync.receiving import receiving_end
-from skyrl_async.weight_sync.sglang_control import SglangControl
-from skyrl_async.weight_sync.sglang_direct import DirectReceiver, DirectSender
-from skyrl_async.weight_sync.sglang_loader import LoadReport, SglangLoader
-from skyrl_async.weight_sync.snapshot import SnapshotPool
+from skyrl_async.weight_sync.sglang_direct import DirectSender
+
+Cell = tuple[str, str, str]
+"""Rate, way and treatment of the KV."""
 
 STAGED_GROWTH_TARGET = 1.20
 FULL_RATE_RATIO_TARGET = 0.5
@@ -62,209 +60,7 @@ SHAPES: Mapping[str, Mapping[str, int]] = {
 """Of the built-in policy, by megabytes in float32."""
 RATES = {"full": 1, "1/4": 4, "1/16": 16}
 """What the loopback rate is divided by."""
-WAYS = ("direct", "memory", "file")
-KV = ("recompute", "keep")
-
-NUM_BESIDE, PROMPT_TOKENS, CONTEXT_LENGTH = 3, 8, 256
-BESIDE_TOKENS = (32, 96)
-"""Fewest and most of a reply of the requests beside the probe."""
-PROBE_TOKENS = 128
-USUAL_GAPS = 50
-SETTLE_TOKENS = 10
-MIN_BUCKETS = 8
-"""Throttling holds back the bucket that follows, so a single one would travel at full speed."""
-WAIT_S = 120.0
-
-
-def learn(pipe: Connection, shape: Mapping[str, int]) -> None:
-    """Make senders and publish through them, as the messages say."""
-    torch.set_num_threads(1)
-    model = build_tiny_model(**shape).requires_grad_(False)
-    pool = SnapshotPool(model.named_parameters(), num_buffers=1)
-    store = host_store()
-    senders: dict[str, Any] = {}
-    pipe.send(pool.layout)
-    while message := pipe.recv():
-        if message[0] == "open":
-            _, pair, kind, max_bytes_per_s = message
-            senders[pair] = kind(
-                "engine",
-                store=store,
-                bucket_bytes=min(8 << 20, pool.layout.size_bytes // MIN_BUCKETS),
-                max_bytes_per_s=max_bytes_per_s,
-            )
-            pipe.send(senders[pair].address)
-            continue
-        _, pair, version = message
-        for parameter in model.parameters():
-            parameter.mul_(0.9999)
-        before_s = time.process_time()
-        snapshot = pool.take(version)
-        report = senders[pair].send(snapshot, deadline=time.monotonic() + WAIT_S)
-        snapshot.release()
-        pipe.send((report.transfer_s, time.process_time() - before_s))
-    for sender in senders.values():
-        sender.close()
-
-
-def work(pipe: Connection, layout: WeightLayout, url: str | None, key: str | None) -> None:
-    """Receive versions and load them into the server at ``url``, if any, as the messages say."""
-    torch.set_num_threads(1)
-    loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, daemon=True).start()
-    control = SglangControl(url=url or "", admin_key=key)
-    loaders = {
-        (way, kv): SglangLoader(
-            control, kv_after_swap=kv, way="file" if way == "file" else "memory"
-        )
-        for way in WAYS
-        for kv in KV
-    }
-    chosen: Any = None
-    loaded: tuple[LoadReport, float] | None = None
-    receivers = []
-
-    def connect(transport: Any) -> WeightReceiver:
-        def load(weights: Mapping[str, torch.Tensor], policy_version: int) -> None:
-            nonlocal loaded
-            if url is None:
-                return
-            loader = loaders[chosen]
-            if isinstance(transport, DirectReceiver):
-                loading = transport.pull(control, loader)
-            else:
-                loading = loader.load(weights, policy_version=policy_version, timeout_s=WAIT_S)
-            report = asyncio.run_coroutine_threadsafe(loading, loop).result(WAIT_S)
-            loaded = (report, time.monotonic())
-
-        return WeightReceiver(transport, load)
-
-    while message := pipe.recv():
-        if message[0] == "open":
-            transport = receiving_end(message[1], expected=layout, policy_version=-1, shared=True)
-            receivers.append(connect(transport))
-            pipe.send(None)
-        elif message[0] == "choose":
-            chosen = message[1]
-            pipe.send(time.process_time())
-        else:
-            pipe.send((loaded, time.process_time()))
-    for receiver in receivers:
-        receiver.close()
-    asyncio.run_coroutine_threadsafe(control.close(), loop).result(WAIT_S)
-
-
-class Peer:
-    """A process at the other end of a pipe, and its answers, each within a deadline."""
-
-    def __init__(self, target: Any, *arguments: object) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=target, args=(theirs, *arguments), daemon=True)
-        self._process.start()
-        theirs.close()
-
-    async def told(self) -> Any:
-        return await asyncio.to_thread(self._told)
-
-    async def ask(self, *message: object) -> Any:
-        self._pipe.send(message)
-        return await self.told()
-
-    def end(self) -> None:
-        self._pipe.send(None)
-        self._process.join(10)
-        self._process.kill()
-
-    def _told(self) -> Any:
-        if not self._pipe.poll(WAIT_S):
-            raise RuntimeError(f"a process said nothing for {WAIT_S:.0f} s")
-        return self._pipe.recv()
-
-
-@dataclass(slots=True)
-class Traffic:
-    """Requests that keep a server busy; one of them, the probe, has every token's arrival noted.
-
-    Attributes:
-        arrivals: of the tokens of each probe, in turn.
-        recomputed: by version, context tokens of running requests when it was loaded.
-    """
-
-    server: RunningServer
-    arrivals: list[list[float]] = field(default_factory=list)
-    recomputed: dict[str, int] = field(default_factory=lambda: defaultdict(int))
-
-    async def run(self) -> None:
-        """Generate until cancelled."""
-        headers = {"Authorization": f"Bearer {self.server.api_key}"}
-        async with (
-            aiohttp.ClientSession(headers=headers, read_bufsize=1 << 20) as session,
-            asyncio.TaskGroup() as group,
-        ):
-            for seed in range(NUM_BESIDE):
-                group.create_task(self._beside(session, random.Random(seed)))
-            group.create_task(self._probe(session, random.Random(-1)))
-
-    async def _beside(self, session: aiohttp.ClientSession, rng: random.Random) -> None:
-        while True:
-            body = make_body(rng, rng.randint(*BESIDE_TOKENS))
-            async with session.post(f"{self.server.url}/generate", json=body) as reply:
-                self._note((await reply.json())["meta_info"])
-
-    async def _probe(self, session: aiohttp.ClientSession, rng: random.Random) -> None:
-        while True:
-            body = make_body(rng, PROBE_TOKENS, stream=True)
-            arrivals: list[float] = []
-            self.arrivals.append(arrivals)
-            async with session.post(f"{self.server.url}/generate", json=body) as reply:
-                last = b"{}"
-                async for line in reply.content:
-                    if line.startswith(b"data: {"):
-                        arrivals.append(time.monotonic())
-                        last = line
-            self._note(json.loads(last.removeprefix(b"data: "))["meta_info"])
-
-    def _note(self, meta_info: Mapping[str, Any]) -> None:
-        for span in meta_info["weight_versions"][1:]:
-            self.recomputed[span["version"]] += meta_info["prompt_tokens"] + span["start"]
-
-    def usual_gap_s(self) -> float:
-        gaps = [b - a for times in self.arrivals[-8:] for a, b in pairs_of(times)]
-        return statistics.median(gaps[-USUAL_GAPS:])
-
-    def longest_gap_s(self, start: float, end: float) -> float | None:
-        """Return it among those that overlap; None if no probe was running at the start."""
-        gaps = [gap for times in self.arrivals[-64:] for gap in pairs_of(times)]
-        if not any(before <= start < after for before, after in gaps):
-            return None
-        return max(b - a for a, b in gaps if a <= end and b > start)
-
-    async def settle(self, since: float) -> None:
-        """Return when the probe goes on after ``since``."""
-        async with asyncio.timeout(WAIT_S):
-            while sum(t > since for times in self.arrivals[-4:] for t in times) < SETTLE_TOKENS:
-                await asyncio.sleep(0.01)
-
-
-def make_body(rng: random.Random, max_tokens: int, *, stream: bool = False) -> dict[str, Any]:
-    return {
-        "rid": uuid.uuid4().hex,
-        "input_ids": rng.choices(range(64), k=PROMPT_TOKENS),
-        "sampling_params": {
-            "max_new_tokens": max_tokens,
-            "ignore_eos": True,
-            "stream_interval": 1,
-        },
-        "return_logprob": True,
-        "stream": stream,
-        # Nothing is shared, so that no prefix is found in the cache.
-        "extra_key": uuid.uuid4().hex,
-    }
-
-
-def pairs_of(times: Sequence[float]) -> list[tuple[float, float]]:
-    return list(zip(times, times[1:], strict=False))
+REPEATS = {"1.5": 7, "50": 7, "500": 3}
 
 
 class Bench:
@@ -276,15 +72,15 @@ class Bench:
         self._version = 0
 
     async def measure(
-        self, loopback: float, rates: Sequence[str], repeats: int
+        self, loopback: float, cells: Sequence[Cell], repeats: int
     ) -> list[dict[str, Any]]:
         """Return the median row of every rate, way and treatment of the KV."""
+        rates = list(dict.fromkeys(rate for rate, _, _ in cells))
         for rate in rates:
             limit = None if rate == "full" else loopback / RATES[rate]
             await open_pair(self._learner, self._worker, f"direct {rate}", DirectSender, limit)
             await open_pair(self._learner, self._worker, f"staged {rate}", CollectiveSender, limit)
-        cells = [(rate, way, kv) for kv in KV for rate in rates for way in WAYS]
-        samples: dict[tuple[str, str, str], list[dict[str, float]]] = defaultdict(list)
+        samples: dict[Cell, list[dict[str, float]]] = defaultdict(list)
         traffic = asyncio.create_task(self._traffic.run())
         try:
             await self._traffic.settle(time.monotonic())
@@ -308,7 +104,7 @@ class Bench:
         for _ in range(5):
             self._version += 1
             usual_s = traffic.usual_gap_s()
-            worker_cpu_s = await self._worker.ask("choose", (way, kv))
+            _, worker_cpu_s = await self._worker.ask("choose", way, kv)
             pair = f"{'direct' if way == 'direct' else 'staged'} {rate}"
             started = time.monotonic()
             transfer_s, cpu_s = await self._learner.ask("publish", pair, self._version)
@@ -317,8 +113,7 @@ class Bench:
                 raise RuntimeError(f"version {report.policy_version} instead of {self._version}")
             await traffic.settle(ended)
             paused = ended - report.stall_s
-            seen_s = traffic.longest_gap_s(paused, ended)
-            before_s = traffic.longest_gap_s(started, paused)
+            seen_s = traffic.seen_gap_s(paused, ended)
             if seen_s is None:
                 continue
             return {
@@ -326,14 +121,14 @@ class Bench:
                 "reported_stall_s": report.stall_s,
                 "seen_stall_s": max(0.0, seen_s - usual_s),
                 "usual_gap_s": usual_s,
-                "longest_gap_before_s": before_s or usual_s,
+                "longest_gap_before_s": traffic.gap_within_s(started, paused),
                 "prepare_s": report.prepare_s,
                 "transfer_s": transfer_s,
                 "publish_cpu_s": cpu_s + worker_cpu_after_s - worker_cpu_s,
             }
         raise RuntimeError("no probe was running at any of five pauses")
 
-    def _row(self, cell: tuple[str, str, str], samples: list[dict[str, float]]) -> dict[str, Any]:
+    def _row(self, cell: Cell, samples: list[dict[str, float]]) -> dict[str, Any]:
         rate, way, kv = cell
         names = [name for name in samples[0] if name != "version"]
         row: dict[str, Any] = {"rate": rate, "way": way, "kv_after_swap": kv}
@@ -354,16 +149,26 @@ async def open_pair(
 
 async def loopback_rate() -> float:
     """Return bytes per second from learner to worker, without a server."""
-    learner = Peer(learn, SHAPES["50"])
-    layout = await learner.told()
-    worker = Peer(work, layout, None, None)
+    learner, worker = Peer(learn, SHAPES["50"]), Peer(work)
     try:
+        layout = await learner.told()
+        worker.tell(layout, None, None)
         await open_pair(learner, worker, "loopback", CollectiveSender, None)
         seconds = [(await learner.ask("publish", "loopback", v))[0] for v in range(1, 8)]
     finally:
         learner.end()
         worker.end()
     return layout.size_bytes / statistics.median(seconds[1:])
+
+
+def cells_of(quick: bool) -> list[Cell]:
+    rates = ("full", "1/16") if quick else tuple(RATES)
+    return [
+        (rate, way, kv)
+        for kv in KV
+        for rate in (rates if kv == "keep" or not quick else ("full",))
+        for way in WAYS
+    ]
 
 
 async def measure_size(
@@ -389,17 +194,18 @@ async def measure_size(
                 extra_args=("--incremental-streaming-output",),
             )
         )
+        os.sched_setaffinity(0, other_cpus)
+        peers = learner, worker = Peer(learn, SHAPES[size]), Peer(work)
         os.sched_setaffinity(0, server_cpus)
-        peers = []
         try:
             server = await engine.start()
             os.sched_setaffinity(0, other_cpus)
-            peers.append(learner := Peer(learn, SHAPES[size]))
             layout = await learner.told()
-            peers.append(worker := Peer(work, layout, server.url, server.admin_key))
-            rates = ("full", "1/16") if args.quick else tuple(RATES)
-            repeats = 2 if args.quick else 3 if size == "500" else 7
-            rows = await Bench(server, learner, worker).measure(loopback, rates, repeats)
+            worker.tell(layout, server.url, server.admin_key)
+            bench = Bench(server, learner, worker)
+            rows = await bench.measure(
+                loopback, cells_of(args.quick), REPEATS[size] if not args.quick else 2
+            )
         finally:
             for peer in peers:
                 peer.end()

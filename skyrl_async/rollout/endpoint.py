@@ -13,7 +13,8 @@ class EngineEndpoint:
     Attributes:
         engine_id: its name in the run.
         url: ``http://HOST:PORT``, without a path.
-        api_key: allows generation and nothing else; None if the server asks for none.
+        api_key: for generation; None if the server asks for none. As secret as the admin key, which
+            SGLang tells whoever has this one.
         policy_version: that the server had verified and loaded when this was made, or an older one.
 
     Raises:

@@ -58,7 +58,9 @@ class UnverifiedWeights(EngineError, RuntimeError):
 
 
 class AccessRefused(EngineError, RuntimeError):
-    """The server does not accept the key."""
+    """The server does not accept the key; after a restart it may be another server's port."""
+
+    retryable = True
 
 
 class BadReply(EngineError, RuntimeError):

@@ -193,6 +193,8 @@ def server_command(settings: ServerSettings, *, port: int) -> list[str]:
         *("--max-running-requests", str(settings.max_running_requests)),
         *("--weight-version", UNVERIFIED_WEIGHTS),
         *("--log-level-http", "warning"),
+        # Each chunk of a stream has its own tokens only; repeating all costs the square of them.
+        "--incremental-streaming-output",
     ]
     total = settings.max_total_tokens
     if settings.device == "cpu":

@@ -13,6 +13,7 @@ from skyrl_async.rollout.engine_client import EngineStats
 from skyrl_async.rollout.engine_errors import (
     EngineError,
     EngineHangs,
+    UnsupportedServer,
     UnverifiedWeights,
 )
 from skyrl_async.rollout.engine_routing import ConcurrencyLimit, Member, Router
@@ -59,7 +60,7 @@ class EnginePool:
         max_concurrent: int = 256,
         stall_timeout_s: float = 5.0,
         request_timeout_s: float = 600.0,
-        stream_interval: int = 16,
+        stream_interval: int = 32,
         max_failures: int = 5,
         poll_interval_s: float = 1.0,
         waits_for_engines: bool = True,
@@ -170,7 +171,7 @@ class EnginePool:
         """Watch the engines until cancelled.
 
         Raises:
-            RuntimeError: if a server is too old, or refuses the key.
+            RuntimeError: if a server is too old.
         """
         try:
             async with asyncio.TaskGroup() as watchers:
@@ -364,7 +365,7 @@ class EnginePool:
         """Ask an engine how it is.
 
         Raises:
-            EngineError: if it can never be used.
+            UnsupportedServer: if it is too old.
         """
         client = member.client
         try:
@@ -375,7 +376,7 @@ class EnginePool:
             await client.reported_version()
             member.observe(await client.loads())
         except EngineError as error:
-            if not (error.retryable or member.removed.is_set()):
+            if isinstance(error, UnsupportedServer):
                 raise
             member.misses += 1
             if member.misses >= _MISSES or not isinstance(error, EngineHangs):

@@ -38,7 +38,8 @@ class RunningServer:
 
     Attributes:
         url: ``http://HOST:PORT``.
-        api_key: for generation.
+        api_key: for generation. SGLang shows the admin key to whoever asks ``/server_info`` with
+            this one, so both are for trusted code alone, never for environments or tools.
         admin_key: for weights and control; it does not allow generation.
         pid: of its first process, which leads the process group of all of them.
         sglang_version: of the interpreter that runs it.

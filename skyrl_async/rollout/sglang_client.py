@@ -69,7 +69,7 @@ class ClientLimits:
     stall_timeout_s: float = 5.0
     control_timeout_s: float = 2.0
     abort_timeout_s: float = 2.0
-    stream_interval: int = 16
+    stream_interval: int = 32
 
     def __post_init__(self) -> None:
         for name in self.__slots__:

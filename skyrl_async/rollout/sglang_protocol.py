@@ -55,7 +55,7 @@ def make_body(
     rid: str,
     vocab_size: int,
     extra_key: str | None = None,
-    stream_interval: int = 16,
+    stream_interval: int = 32,
 ) -> dict[str, Any]:
     """Return the body of ``POST /generate``.
 

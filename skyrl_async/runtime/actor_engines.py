@@ -160,7 +160,8 @@ class ServerEngines:
             vocab_size=self._vocab_size,
             context_length=engine.context_length,
             kv_after_swap=engine.kv_after_swap,
-            max_concurrent=engine.max_concurrent,
+            # Every actor has a pool of its own over the same servers.
+            max_concurrent=-(-engine.max_concurrent // self._config.rollout.num_actors),
             stall_timeout_s=engine.hang_timeout_s,
             request_timeout_s=environment.episode_timeout_s,
         )

@@ -1,8 +1,7 @@
 """The worker beside one SGLang server: it keeps the server alive and loads weights into it.
 
 The bytes of a new version arrive in this process while the server decodes; only the copy from here
-into the server stops it. All keys of the server are known here and nowhere else but the rollout
-actors, which are given the one that allows generation.
+into the server stops it. Only this worker uses the server's admin key.
 """
 
 from __future__ import annotations

@@ -20,12 +20,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -36,9 +34,9 @@ from skyrl_async.weight_sync.collective import raise_refusal
 from skyrl_async.weight_sync.control_channel import ControlChannel
 from skyrl_async.weight_sync.layout import WeightLayout
 from skyrl_async.weight_sync.pair import Pair, PairAddress, PairListener, connect_to_sender
-from skyrl_async.weight_sync.pair_group import paced
+from skyrl_async.weight_sync.pair_group import PairGroup, paced
 from skyrl_async.weight_sync.sglang_control import ControlError, SglangControl
-from skyrl_async.weight_sync.sglang_loader import EngineBroken, LoadReport, SglangLoader
+from skyrl_async.weight_sync.sglang_loader import LoadReport, SglangLoader
 from skyrl_async.weight_sync.snapshot import WeightSnapshot
 from skyrl_async.weight_sync.transport import (
     EngineLost,
@@ -52,8 +50,7 @@ from skyrl_async.weight_sync.transport import (
 )
 
 _LOOPBACK = "127.0.0.1"
-_joining = threading.Lock()
-"""Groups are made one at a time: torch keeps them in tables of the process."""
+_LEAVE_TIMEOUT_S = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +69,6 @@ class DirectSender:
         bucket_bytes: sent at once; a larger tensor is a bucket of its own.
         host: address of the interface to listen on, reachable by the engine.
         max_bytes_per_s: send no faster; None for as fast as the network allows.
-        backend: of the group, ``gloo`` or ``nccl``.
     """
 
     def __init__(
@@ -83,16 +79,16 @@ class DirectSender:
         bucket_bytes: int = 8 << 20,
         host: str = _LOOPBACK,
         max_bytes_per_s: float | None = None,
-        backend: str = "gloo",
     ) -> None:
         self._engine_id = engine_id
         self._bucket_bytes = bucket_bytes
         self._max_bytes_per_s = max_bytes_per_s
-        self._backend = backend
         self._listener = PairListener(store=store, host=host)
         self.address = DirectAddress(pair=self._listener.address)
         self._pair = Pair(self._listener.address, rank=0)
-        self._group: Any = None
+        self._group: PairGroup | None = None
+        self._closed = False
+        self._lock = threading.Lock()
 
     def send(self, snapshot: WeightSnapshot, *, deadline: float) -> TransferReport:
         """Send ``snapshot`` and return when the engine runs it, as :class:`WeightSender` says."""
@@ -116,38 +112,51 @@ class DirectSender:
                 "buckets": list(plan_buckets(snapshot.layout, self._bucket_bytes)),
                 "group_name": group_name,
                 "new_group": self._group is None,
-                "backend": self._backend,
                 "remaining_s": deadline - started,
             },
             deadline=deadline,
         )
         raise_refusal(channel.receive(deadline=deadline))
-        if self._group is None:
-            self._group = _join_group(
-                self.address.pair, group_name, backend=self._backend, deadline=deadline
-            )
+        group = self._group or self._join(channel, group_name, deadline)
         buckets = _flat_buckets(snapshot, self._bucket_bytes)
-        for bucket in paced(buckets, self._max_bytes_per_s, deadline=deadline):
-            options = dist.BroadcastOptions()
-            options.rootRank = 0
-            options.timeout = timedelta(seconds=max(0.01, deadline - time.monotonic()))
-            self._group.broadcast([bucket], options).wait()
+        group.broadcast(paced(buckets, self._max_bytes_per_s, deadline=deadline), deadline=deadline)
         moved = time.monotonic()
-        raise_refusal(channel.receive(deadline=deadline))
+        answer = channel.receive(deadline=deadline)
+        if answer["error"] is not None:
+            # It did not keep its old version: there is none any more.
+            raise RuntimeError(str(answer["error"]))
         return TransferReport(
             size_bytes=snapshot.layout.size_bytes,
             transfer_s=moved - started,
             load_s=time.monotonic() - moved,
         )
 
+    def _join(self, channel: ControlChannel, name: str, deadline: float) -> PairGroup:
+        address = self.address.pair
+        group = PairGroup(
+            rank=0,
+            store_address=(address.host, address.store_port),
+            # Where torch puts the keys of a group that SGLang makes under this name.
+            prefix=f"{name}/{name}//cpu/",
+            local_host=channel.local_host,
+            deadline=deadline,
+        )
+        with self._lock:
+            if not self._closed:
+                self._group = group
+                return group
+        group.interrupt()
+        raise ConnectionAbortedError("the pair was closed on this side")
+
     def close(self) -> None:
         """End the pair, from any thread; a blocked ``send`` raises ``EngineLost``."""
+        with self._lock:
+            self._closed = True
+            group, self._group = self._group, None
         self._listener.close()
         self._pair.close()
-        group, self._group = self._group, None
         if group is not None:
-            with contextlib.suppress(RuntimeError):
-                group.abort()
+            group.interrupt()
 
 
 def plan_buckets(layout: WeightLayout, bucket_bytes: int) -> Iterator[tuple[int, int]]:
@@ -172,43 +181,6 @@ def _flat_buckets(snapshot: WeightSnapshot, bucket_bytes: int) -> Iterator[Tenso
         yield torch.cat([t.reshape(-1).view(torch.uint8) for t in tensors[first:end]])
 
 
-def _join_group(address: PairAddress, name: str, *, backend: str, deadline: float) -> Any:
-    """Return rank 0 of the group as SGLang makes rank 1 of it."""
-    from torch.distributed.distributed_c10d import Backend, _new_process_group_helper
-
-    timeout = timedelta(seconds=max(0.01, deadline - time.monotonic()))
-    client = dist.TCPStore(
-        address.host, address.store_port, timeout=timeout, wait_for_workers=False
-    )
-    with _joining, _loopback_only(address.host):
-        group, _ = _new_process_group_helper(
-            2,
-            0,
-            [],
-            Backend(backend),
-            dist.PrefixStore(name, client),
-            group_name=name,  # type: ignore[arg-type]
-            backend_options=None,
-            timeout=timeout,
-        )
-    return group
-
-
-@contextlib.contextmanager
-def _loopback_only(host: str) -> Iterator[None]:
-    """Keep gloo, which picks an interface by the host's name, on loopback if the pair is there."""
-    before = os.environ.get("GLOO_SOCKET_IFNAME")
-    if host == _LOOPBACK:
-        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    try:
-        yield
-    finally:
-        if before is None:
-            os.environ.pop("GLOO_SOCKET_IFNAME", None)
-        else:
-            os.environ["GLOO_SOCKET_IFNAME"] = before
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Plan:
     """An accepted announcement."""
@@ -217,7 +189,6 @@ class _Plan:
     buckets: Sequence[Sequence[int]]
     group_name: str
     new_group: bool
-    backend: str
     deadline: float
 
 
@@ -264,7 +235,6 @@ class DirectReceiver:
             buckets=message["buckets"],
             group_name=str(message["group_name"]),
             new_group=bool(message["new_group"]),
-            backend=str(message["backend"]),
             deadline=deadline,
         )
         return StagedWeights(policy_version=manifest.policy_version, weights={}, deadline=deadline)
@@ -282,10 +252,16 @@ class DirectReceiver:
         started = time.monotonic()
         async with loader.stopped(plan.deadline):
             await self._go_ahead(plan)
+            if plan.new_group:
+                await self._join(control, plan)
             try:
-                await self._fetch(control, plan, flush_cache=loader.recompute)
-            except ControlError as error:
-                raise EngineBroken(f"a direct transfer failed half way: {error}") from error
+                async with loader.session(plan.deadline):
+                    await self._fetch(control, plan, flush_cache=loader.recompute)
+            except BaseException:
+                # The learner waits in the group, and hears of it nowhere else.
+                with contextlib.suppress(ControlError):
+                    await control.leave_group(plan.group_name, timeout_s=_LEAVE_TIMEOUT_S)
+                raise
         return LoadReport(
             policy_version=plan.policy_version,
             prepare_s=0.0,
@@ -299,20 +275,17 @@ class DirectReceiver:
             channel.send, {"error": None, "retryable": False}, deadline=plan.deadline
         )
 
-    async def _fetch(self, control: SglangControl, plan: _Plan, *, flush_cache: bool) -> None:
-        def left_s() -> float:
-            return plan.deadline - time.monotonic()
+    async def _join(self, control: SglangControl, plan: _Plan) -> None:
+        address = self._pair.address
+        await control.join_group(
+            plan.group_name,
+            host=address.host,
+            port=address.store_port,
+            backend="gloo",
+            timeout_s=plan.deadline - time.monotonic(),
+        )
 
-        if plan.new_group:
-            address = self._pair.address
-            await control.join_group(
-                plan.group_name,
-                host=address.host,
-                port=address.store_port,
-                backend=plan.backend,
-                timeout_s=left_s(),
-            )
-        await control.begin(timeout_s=left_s())
+    async def _fetch(self, control: SglangControl, plan: _Plan, *, flush_cache: bool) -> None:
         layout = self._expected
         for first, end in plan.buckets:
             last = end == len(layout.names)
@@ -323,9 +296,8 @@ class DirectReceiver:
                 shapes=layout.shapes[first:end],
                 policy_version=plan.policy_version if last else None,
                 flush_cache=flush_cache and last,
-                timeout_s=left_s(),
+                timeout_s=plan.deadline - time.monotonic(),
             )
-        await control.end(timeout_s=left_s())
 
     def acknowledge(self, staged: StagedWeights, error: str | None) -> None:
         """Say that the engine runs ``staged``, or why not, as the protocol says."""

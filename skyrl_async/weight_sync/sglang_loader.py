@@ -14,6 +14,7 @@ A cache is never flushed under requests that keep their KV: that ends the server
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import io
@@ -35,6 +36,8 @@ LoadWay = Literal["memory", "file"]
 KvAfterSwap = Literal["recompute", "keep"]
 
 _SHARED_MEMORY = Path("/dev/shm")
+_LEAST_S = 1.0
+"""For the calls that put things right after a failure."""
 
 
 class EngineBroken(RuntimeError):
@@ -128,32 +131,70 @@ class SglangLoader:
 
     @contextlib.asynccontextmanager
     async def stopped(self, deadline: float) -> AsyncIterator[None]:
-        """Pause the server for the time inside; it always goes on, or is reported as broken."""
+        """Pause the server for the time inside; it always goes on, or is reported as broken.
+
+        Args:
+            deadline: ``time.monotonic()`` at which everything must be done.
+
+        Raises:
+            EngineBroken: if the inside failed, or the server may have stayed paused.
+            ControlError: if the server refused to pause.
+        """
         mode: Literal["retract", "in_place"] = "retract" if self._recompute else "in_place"
-        await self._control.pause(mode, timeout_s=deadline - time.monotonic())
+        try:
+            await self._control.pause(mode, timeout_s=deadline - time.monotonic())
+        except ControlError as error:
+            if error.status is None:
+                # Nobody knows whether it paused, or will as soon as it can.
+                await self._go_on(deadline)
+            raise
+        except asyncio.CancelledError:
+            await self._go_on(deadline)
+            raise
         try:
             yield
         except ControlError as error:
             raise EngineBroken(f"a weight load failed half way: {error}") from error
         finally:
-            # Also past the deadline: a server that stays paused is worse than a late one.
-            limit_s = max(1.0, deadline - time.monotonic())
-            try:
-                await self._control.resume(timeout_s=limit_s)
-            except ControlError as error:
-                raise EngineBroken(f"the server does not go on: {error}") from error
+            await self._go_on(deadline)
 
     @contextlib.asynccontextmanager
     async def session(self, deadline: float) -> AsyncIterator[None]:
-        """Open and close an update inside a pause."""
-        await self._control.begin(timeout_s=deadline - time.monotonic())
-        yield
+        """Open an update inside a pause, and close it, also after a failure.
+
+        Left open, it would make the server refuse every later update. One that somebody else left
+        open, such as a worker that was killed, is closed first.
+        """
+        try:
+            await self._control.begin(timeout_s=deadline - time.monotonic())
+        except ControlError as error:
+            if error.status is None:
+                raise
+            await self._control.end(timeout_s=deadline - time.monotonic())
+            await self._control.begin(timeout_s=deadline - time.monotonic())
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(ControlError):
+                await self._control.end(timeout_s=_after(deadline))
+            raise
         await self._control.end(timeout_s=deadline - time.monotonic())
+
+    async def _go_on(self, deadline: float) -> None:
+        """Resume, also past the deadline: a server that stays paused is worse than a late one."""
+        try:
+            await self._control.resume(timeout_s=_after(deadline))
+        except ControlError as error:
+            raise EngineBroken(f"the server does not go on: {error}") from error
 
     @property
     def recompute(self) -> bool:
         """Whether running requests are computed again."""
         return self._recompute
+
+
+def _after(deadline: float) -> float:
+    return max(_LEAST_S, deadline - time.monotonic())
 
 
 def shared_payload(weights: Mapping[str, Tensor]) -> str:

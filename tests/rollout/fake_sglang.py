@@ -86,8 +86,9 @@ class FakeSglang:
     Attributes:
         bodies: of all generations, in order.
         aborts: request ids of all abort calls.
-        frozen: answers nothing while not set, like a stopped process.
-        running: generates nothing while not set, like a server that loads weights.
+        answering: while not set, it answers nothing, like a stopped process.
+        running: while not set, it generates nothing, like a server that loads weights.
+        go_on: ends a stall, which has set ``stalled``.
     """
 
     def __init__(

@@ -31,6 +31,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--cuda-graph-backend-decode", choices=("disabled",))
     parser.add_argument("--skip-server-warmup", action="store_true")
     parser.add_argument("--sleep-on-idle", action="store_true")
+    parser.add_argument("--incremental-streaming-output", action="store_true")
     parser.add_argument("--fake", choices=MODES, default="well")
     args = parser.parse_args()
     if args.device == "cpu":

@@ -1,64 +1,14 @@
 import asyncio
-import contextlib
 import inspect
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from skyrl_async.rollout.actor import Engine
-from skyrl_async.rollout.engine_errors import EngineError, EngineUnavailable, UnverifiedWeights
 from skyrl_async.rollout.engine_pool import EnginePool
 from skyrl_async.rollout.engine_routing import ConcurrencyLimit
-from skyrl_async.types import FinishReason, Sampling
-from tests.rollout.fake_sglang import (
-    VOCAB_SIZE,
-    FakeSglang,
-    Fault,
-    continuation,
-    logprob_of,
-    servers,
-)
-
-CONTEXT = [5, 6, 7]
-
-
-@contextlib.asynccontextmanager
-async def pool_of(*members, version=3, **options):
-    """A running pool of ``members``, named e0, e1 and so on."""
-    values = {"poll_interval_s": 0.02, "stream_interval": 4, "stall_timeout_s": 0.2}
-    pool = EnginePool(vocab_size=VOCAB_SIZE, context_length=512, **{**values, **options})
-    runner = asyncio.create_task(pool.run())
-    pool.set_engines(endpoints_of(members, version=version))
-    await until(lambda: all(m.greeted or m.failure for m in pool._router.members.values()))
-    try:
-        yield pool
-    finally:
-        runner.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await runner
-
-
-def endpoints_of(members, *, version=3):
-    return [server.endpoint(f"e{i}", version) for i, server in enumerate(members)]
-
-
-def ask(pool, name="7-0/0", *, session=None, max_tokens=30, context=CONTEXT, **options):
-    sampling = Sampling(max_tokens=max_tokens, **options)
-    return pool.generate(context, sampling, request_id=name, session_id=session)
-
-
-async def until(condition):
-    async with asyncio.timeout(10):
-        while not condition():
-            await asyncio.sleep(0.001)
-
-
-def check_whole(generation, count=30):
-    """It is what one undisturbed server would have generated."""
-    expected = continuation(CONTEXT, count)
-    assert generation.token_ids.tolist() == expected
-    assert generation.logprobs.tolist() == pytest.approx([logprob_of(t) for t in expected])
+from skyrl_async.types import FinishReason
+from tests.rollout.fake_sglang import VOCAB_SIZE, FakeSglang, Fault, servers
+from tests.rollout.pool_cases import ask, check_whole, pool_of, until
 
 
 def test_a_pool_offers_all_that_a_rollout_actor_asks_of_an_engine():
@@ -87,90 +37,6 @@ def test_a_generation_is_counted_once_with_what_the_client_can_see():
     assert (stats.running, stats.waiting) == (0, 0)
     assert (later.finished_requests, later.generated_tokens, later.busy_s) == (0, 0, 0)
     assert later.idle_s > 0
-
-
-@settings(max_examples=25, deadline=None)
-@given(
-    st.lists(st.tuples(st.integers(0, 29), st.sampled_from(["cut", "abort"])), max_size=4),
-    st.booleans(),
-)
-def test_whatever_breaks_no_token_is_lost_or_repeated(faults, incremental):
-    async def scenario():
-        async with (
-            servers(2, incremental=incremental) as members,
-            pool_of(*members, max_failures=9, poll_interval_s=0.002) as pool,
-        ):
-            for server in members:
-                server.script.extend([Fault(at, kind)] for at, kind in faults)
-            return await ask(pool)
-
-    generation = asyncio.run(scenario())
-    check_whole(generation)
-    assert generation.finish_reason is FinishReason.LENGTH
-
-
-def test_a_dead_engine_hands_its_requests_over_with_the_tokens_that_it_had_sent():
-    async def scenario():
-        async with servers(2) as members, pool_of(*members) as pool:
-            members[0].script.append([Fault(12, "die")])
-            generation = await ask(pool)
-            suspects = pool.suspects()
-            again = await ask(pool, "7-0/1", context=[1])
-            sent = [[len(body["input_ids"]) for body in server.bodies] for server in members]
-            limits = [b["sampling_params"]["max_new_tokens"] for b in members[1].bodies]
-            return generation, suspects, again, sent, limits
-
-    generation, suspects, again, sent, limits = asyncio.run(scenario())
-    check_whole(generation)
-    assert suspects == ("e0",)
-    assert again.token_ids.tolist() == continuation([1], 30)
-    assert sent == [[3], [3 + 9, 1]]
-    assert limits == [30 - 9, 30]
-
-
-def test_an_engine_that_came_back_is_used_again():
-    async def scenario():
-        async with FakeSglang() as server, pool_of(server) as pool:
-            server.script.append([Fault(12, "die")])
-            task = asyncio.create_task(ask(pool))
-            await until(lambda: server.dead and pool.suspects())
-            await until(lambda: server._runner is None)
-            await server.start()
-            return await task, pool.suspects()
-
-    generation, suspects = asyncio.run(scenario())
-    check_whole(generation)
-    assert suspects == ()
-
-
-def test_a_frozen_engine_is_suspected_and_its_requests_go_on_elsewhere():
-    async def scenario():
-        async with servers(2) as members, pool_of(*members) as pool:
-            members[0].script.append([Fault(12, "stall")])
-            task = asyncio.create_task(ask(pool))
-            await members[0].stalled.wait()
-            members[0].answering.clear()
-            return await task, pool.suspects()
-
-    generation, suspects = asyncio.run(scenario())
-    check_whole(generation)
-    assert suspects == ("e0",)
-
-
-def test_an_engine_that_leaves_gives_its_tokens_to_the_next():
-    async def scenario():
-        async with servers(2) as members, pool_of(members[0]) as pool:
-            members[0].script.append([Fault(12, "stall")])
-            task = asyncio.create_task(ask(pool))
-            await members[0].stalled.wait()
-            pool.set_engines([members[1].endpoint("e1")])
-            await until(lambda: members[0].aborts)
-            members[0].go_on.set()
-            return await task, [len(body["input_ids"]) for body in members[1].bodies]
-
-    generation, sent = asyncio.run(scenario())
-    check_whole(generation)
-    assert sent == [3 + 12]
 
 
 def test_requests_wait_for_an_engine_to_join_and_an_abort_ends_the_wait():
@@ -267,50 +133,6 @@ def test_the_limit_falls_by_a_factor_when_the_cache_is_full_and_rises_in_steps()
     assert limit.value == 1
 
 
-def test_a_partial_goes_to_an_engine_that_is_not_behind_it():
-    async def scenario():
-        async with servers(3) as members:
-            members[0].version = members[2].version = "4"
-            async with pool_of(*members) as pool:
-                await until(lambda: pool._router.members["e2"].client.known_version == 4)
-                members[0].script.append([Fault(12, "die")])
-                return await ask(pool), [len(server.bodies) for server in members]
-
-    generation, requests = asyncio.run(scenario())
-    check_whole(generation)
-    assert requests == [1, 0, 1]
-    assert set(generation.policy_versions.tolist()) == {4}
-
-
-def test_if_all_engines_are_behind_a_partial_the_turn_starts_again():
-    async def scenario():
-        async with servers(2) as members:
-            members[0].version = "4"
-            async with pool_of(*members) as pool:
-                await until(lambda: pool._router.members["e0"].client.known_version == 4)
-                members[0].script.append([Fault(12, "die")])
-                return await ask(pool), [len(b["input_ids"]) for b in members[1].bodies]
-
-    generation, sent = asyncio.run(scenario())
-    check_whole(generation)
-    assert sent == [3]
-    assert set(generation.policy_versions.tolist()) == {3}
-
-
-def test_an_engine_behind_is_asked_once_more_before_tokens_are_discarded():
-    async def scenario():
-        async with servers(2) as members:
-            members[0].version = "4"
-            async with pool_of(*members, poll_interval_s=30.0) as pool:
-                members[0].script.append([Fault(12, "die")])
-                members[1].version = "4"
-                return await ask(pool), [len(b["input_ids"]) for b in members[1].bodies]
-
-    generation, sent = asyncio.run(scenario())
-    check_whole(generation)
-    assert sent == [3 + 9]
-
-
 def test_prefix_caches_are_named_by_version_or_by_group():
     async def keys(**options):
         async with FakeSglang() as server, pool_of(server, **options) as pool:
@@ -336,19 +158,6 @@ def test_kept_caches_are_not_counted_as_recomputed():
             return pool.take_stats().reprefilled_tokens
 
     assert asyncio.run(scenario()) == 0
-
-
-def test_a_request_that_no_engine_serves_fails_in_the_end():
-    async def scenario():
-        async with FakeSglang() as server, pool_of(server, max_failures=3) as pool:
-            server.status = 503
-            with pytest.raises(RuntimeError) as caught:
-                await ask(pool)
-            return caught.value, len(server.bodies)
-
-    error, attempts = asyncio.run(scenario())
-    assert isinstance(error, EngineUnavailable)
-    assert attempts == 3
 
 
 def test_a_bad_request_is_not_tried_elsewhere():
@@ -378,17 +187,6 @@ def test_a_reply_fits_into_the_context():
     assert generation.finish_reason is FinishReason.LENGTH
 
 
-def test_unverified_weights_are_not_used_until_they_are_verified():
-    async def scenario():
-        async with FakeSglang(version="unverified") as server, pool_of(server) as pool:
-            task = asyncio.create_task(ask(pool))
-            await until(lambda: pool.suspects())
-            server.version = "4"
-            return await task
-
-    assert set(asyncio.run(scenario()).policy_versions.tolist()) == {4}
-
-
 def test_greedy_logprobs_are_those_of_temperature_one():
     async def scenario():
         async with FakeSglang() as server, pool_of(server) as pool:
@@ -397,55 +195,18 @@ def test_greedy_logprobs_are_those_of_temperature_one():
     assert asyncio.run(scenario()).temperature == 1.0
 
 
-def test_a_pinned_pool_fails_with_its_engine():
+def test_an_engine_that_is_too_old_ends_the_pool():
     async def scenario():
-        async with servers(2) as members, pool_of(members[0]) as pool:
-            pinned = pool.pinned(members[1].endpoint("e1"))
-            runner = asyncio.create_task(pinned.run())
-            check_whole(await ask(pinned))
-            members[1].script.append([Fault(12, "die")])
-            with pytest.raises(EngineError):
-                await ask(pinned)
-            with pytest.raises(EngineError):
-                await ask(pinned)
-            runner.cancel()
-            return pool.suspects(), len(members[0].bodies)
-
-    assert asyncio.run(scenario()) == ((), 0)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [({"server_version": "0.5.1"}, "too old"), ({"api_key": "other"}, "401")],
-)
-def test_an_engine_that_can_never_be_used_ends_the_pool(options, message):
-    async def scenario():
-        async with FakeSglang(**options) as server:
+        async with FakeSglang(server_version="0.5.1") as server:
             pool = EnginePool(vocab_size=VOCAB_SIZE, context_length=64)
-            endpoint = server.endpoint()
-            if server.api_key:
-                server.api_key = "rotated"
-            pool.set_engines([endpoint])
+            pool.set_engines([server.endpoint()])
             waiting = asyncio.create_task(ask(pool))
             await asyncio.sleep(0)
-            with pytest.raises(RuntimeError, match=message):
+            with pytest.raises(RuntimeError, match="too old"):
                 await pool.run()
             with pytest.raises(RuntimeError, match="stopped"):
                 await waiting
             with pytest.raises(RuntimeError, match="stopped"):
-                await ask(pool)
-
-    asyncio.run(scenario())
-
-
-def test_an_engine_that_goes_back_to_older_weights_is_not_trusted():
-    async def scenario():
-        async with servers(1) as members, pool_of(*members, max_failures=2) as pool:
-            members[0].version = "4"
-            await until(lambda: pool.policy_version == 4)
-            members[0].script.append([Fault(12, "cut")])
-            members[0].script.append([Fault(0, "swap", "2")])
-            with pytest.raises(UnverifiedWeights, match="2"):
                 await ask(pool)
 
     asyncio.run(scenario())

@@ -256,7 +256,7 @@ def test_a_reply_that_is_not_one_of_sglang_is_refused(payload):
     [
         (400, InvalidRequest, False),
         (404, InvalidRequest, False),
-        (401, AccessRefused, False),
+        (401, AccessRefused, True),
         (429, EngineUnavailable, True),
         (500, EngineUnavailable, True),
         (503, EngineUnavailable, True),

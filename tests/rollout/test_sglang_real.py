@@ -24,14 +24,28 @@ VOCAB_SIZE = BUILT_IN_VOCABULARY_SIZE
 """Of the tiny policy: it can sample tokens that its tokenizer does not have."""
 
 
+async def post_as_admin(server, path, body):
+    """Do what only the worker beside a server may."""
+    headers = {"Authorization": f"Bearer {server.admin_key}"}
+    async with (
+        aiohttp.ClientSession(headers=headers) as session,
+        session.post(f"{server.url}/{path}", json=body) as response,
+    ):
+        assert response.status == 200, await response.text()
+
+
 async def relabel(server, label):
     """Give the weights of a server a name, as its worker does after a verified load."""
-    async with aiohttp.ClientSession(
-        headers={"Authorization": f"Bearer {server.admin_key}"}
-    ) as session:
-        body = {"new_version": label, "abort_all_requests": False}
-        async with session.post(f"{server.url}/update_weight_version", json=body) as response:
-            assert response.status == 200
+    body = {"new_version": label, "abort_all_requests": False}
+    await post_as_admin(server, "update_weight_version", body)
+
+
+async def load_same_weights(server, folder, version):
+    """Give a running server its own weights again, as another version."""
+    await post_as_admin(server, "pause_generation", {"mode": "retract"})
+    body = {"model_path": str(folder), "flush_cache": True, "weight_version": version}
+    await post_as_admin(server, "update_weights_from_disk", body)
+    await post_as_admin(server, "continue_generation", {"torch_empty_cache": False})
 
 
 def endpoint_of(server, engine_id="e0", *, policy_version=7, api_key=""):
@@ -157,12 +171,8 @@ def test_an_abort_keeps_what_was_sampled_and_frees_the_server(
             return reply
 
     async def abort_as_admin(rid):
-        headers = {"Authorization": f"Bearer {sglang_server.admin_key}"}
-        async with (
-            aiohttp.ClientSession(headers=headers) as session,
-            session.post(f"{sglang_server.url}/abort_request", json={"rid": rid}) as response,
-        ):
-            return response.status == 200
+        await post_as_admin(sglang_server, "abort_request", {"rid": rid})
+        return True
 
     reply = asyncio.run(scenario())
     assert reply.finish_reason is FinishReason.ABORT
@@ -190,6 +200,41 @@ def test_a_request_that_is_too_long_is_refused_and_the_server_lives(sglang_serve
             return await client.generate(CONTEXT, Sampling(max_tokens=3), rid=new_rid())
 
     assert len(asyncio.run(scenario()).token_ids) == 3
+
+
+def test_tokens_have_the_version_that_sampled_them_through_loads_in_flight(
+    sglang_server, tiny_model_folder
+):
+    async def scenario():
+        await relabel(sglang_server, "7")
+        try:
+            async with pool_of(endpoint_of(sglang_server)) as pool:
+                tasks = [
+                    asyncio.create_task(
+                        pool.generate(CONTEXT, Sampling(max_tokens=600), request_id=f"{i}")
+                    )
+                    for i in range(4)
+                ]
+                member = pool._router.members["e0"]
+                for version in ("8", "9"):
+                    while member.in_flight < 4 or member.foreign:
+                        await asyncio.sleep(0.01)
+                    await asyncio.sleep(0.3)
+                    await load_same_weights(sglang_server, tiny_model_folder, version)
+                return await asyncio.gather(*tasks), pool.take_stats(), pool.policy_version
+        finally:
+            await relabel(sglang_server, "unverified")
+
+    generations, stats, version = asyncio.run(scenario())
+    assert version == 9
+    boundaries = 0
+    for generation in generations:
+        versions = generation.policy_versions.tolist()
+        assert sorted(set(versions)) == [7, 8, 9]
+        boundaries += 2 * len(CONTEXT) + versions.index(8) + versions.index(9)
+        _, expected = plain_logprobs(tiny_model_folder, CONTEXT, generation.token_ids.tolist())
+        assert generation.logprobs.tolist() == pytest.approx(expected, abs=TOLERANCE)
+    assert stats.reprefilled_tokens == boundaries
 
 
 @pytest.mark.timeout(300)
