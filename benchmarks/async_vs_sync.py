@@ -92,6 +92,8 @@ def figures(row: Row, metrics: list[dict[str, Any]], summary: dict[str, Any]) ->
     waiting = mean(half[1:], "idle/learner/wait_fraction")
     idle = mean(half[1:], "idle/engine/idle_fraction")
     reached = [m for m in metrics if (m.get("eval/reward_mean") or 0.0) >= REWARD]
+    if not reached and (summary["eval_reward_final"] or 0.0) >= REWARD:
+        reached = [{"time_s": summary["seconds"], "step": summary["steps"]}]
     return {
         "name": row.name,
         "staleness_max": row.staleness_max,

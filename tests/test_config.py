@@ -52,6 +52,23 @@ def test_largest_group_follows_from_group_size_and_context():
 @pytest.mark.parametrize(
     ("values", "parts"),
     [
+        ({"engine": {"kind": "sglang"}}, ["engine.urls=[]", "engine.python=None", "one of them"]),
+        (
+            {"engine": {"kind": "sglang", "python": "p", "urls": ["http://a:1"]}},
+            ["engine.urls=['http://a:1']", "engine.python=p", "one of them"],
+        ),
+        (
+            {"engine": {"kind": "sglang", "urls": ["http://a:1", "http://a:1"]}},
+            ["engine.urls=", "named twice"],
+        ),
+        ({"engine": {"python": "p"}}, ["engine.python=p", "set engine.kind=sglang"]),
+        (
+            {
+                "engine": {"kind": "sglang", "python": "p", "weight_load": "direct"},
+                "weight_sync": {"transport": "disk"},
+            },
+            ["weight_sync.transport=disk", "engine.weight_load=direct", "collective"],
+        ),
         ({"sampling": {"top_p": 0.9}}, ["sampling.top_p=0.9", "needs 1"]),
         ({"sampling": {"top_k": 5}}, ["sampling.top_k=5", "needs 1 and 0"]),
         (

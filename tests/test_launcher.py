@@ -198,7 +198,16 @@ def test_help_explains_options_exit_codes_and_every_key(capsys):
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
 def test_every_shipped_configuration_passes_all_checks(file, tmp_path):
-    assert find_problems(load_config(file, []), root=tmp_path) == []
+    config = load_config(file, [])
+    problems = find_problems(config, root=tmp_path)
+    if config.engine.python is None:
+        assert problems == []
+        return
+    (problem,) = problems
+    assert f"engine.python={config.engine.python}: no such interpreter" in problem
+    assert "launchers/sglang_cpu/install.sh .sglang" in problem
+    found = load_config(file, [f"engine.python={sys.executable}"])
+    assert find_problems(found, root=tmp_path) == []
 
 
 def test_shipped_configurations_build_on_the_default_one():

@@ -25,8 +25,13 @@ SERVED = ("engine.kind=sglang", "sampling.max_tokens=4", "logging.tensorboard=fa
 TWO = (*SERVED, "runtime=local", "engine.num_engines=2", "evaluation.num_tasks=0")
 
 
-def start_served(folder: Path, python: Path, *overrides: str):
-    return start(folder, *SERVED, f"engine.python={python}", *overrides, SKYRL_TEST_RUN=str(folder))
+def start_served(folder: Path, python: Path, *overrides: str, **environment: str):
+    return start(
+        folder,
+        *(*SERVED, f"engine.python={python}", *overrides),
+        SKYRL_TEST_RUN=str(folder),
+        **environment,
+    )
 
 
 def processes_of(folder: Path) -> list[int]:
@@ -154,3 +159,25 @@ def test_a_stopped_server_is_taken_out_and_the_other_goes_on(tmp_path, sglang_py
     assert summary["status"] == "interrupted", output_of(folder)
     assert summary["dropped"] == {} and summary["failed_members"] == {}
     wait_until(lambda: not processes_of(folder), timeout_s=15, what="all processes ended")
+
+
+def test_trains_with_a_server_that_somebody_else_runs(tmp_path, sglang_server, monkeypatch):
+    folder = tmp_path / "run"
+    process = start_served(
+        folder,
+        Path("null"),
+        *("runtime=local", "run.steps=3", "engine.python=null", "evaluation.num_tasks=4"),
+        f'engine.urls=["{sglang_server.url}"]',
+        "engine.api_key_env=OUR_API_KEY",
+        "engine.admin_key_env=OUR_ADMIN_KEY",
+        "model.hidden_size=64",
+        "model.num_heads=4",
+        OUR_API_KEY=sglang_server.api_key,
+        OUR_ADMIN_KEY=sglang_server.admin_key,
+    )
+    summary = finish(process, folder, timeout_s=200)
+
+    assert (summary["status"], summary["exit_code"]) == ("finished", 0), output_of(folder)
+    assert summary["steps"] == 3 and summary["failed_members"] == {}
+    written = output_of(folder) + log_of(folder) + (folder / "config.yaml").read_text()
+    assert sglang_server.api_key not in written and sglang_server.admin_key not in written
