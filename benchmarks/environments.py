@@ -9,10 +9,10 @@ from typing import Any
 
 
 class SlowGuess:
-    """Guess a number in exactly three turns, with a tool that takes its time.
+    """Guess a number within three turns, with a tool that takes its time.
 
     Every step waits for a lognormal latency, as a tool or a sandbox would. An episode always has
-    three turns: the reward is 1 if the last reply names the number.
+    three turns: the reward, given with the last one, is 1 if any reply named the number.
 
     Args:
         high: largest number.
@@ -35,6 +35,7 @@ class SlowGuess:
         # Members of a group share the seed of the task, but not how long their tools take.
         self._latency = random.Random()
         self._turns_left = 3
+        self._found = False
         return f"guess 1 to {self._high}", {}
 
     async def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
@@ -44,10 +45,11 @@ class SlowGuess:
         word = action.strip()
         guess = int(word) if word.isdecimal() else 0
         last = self._turns_left == 0
+        self._found |= guess == self._number
         if not 1 <= guess <= self._high:
             answer = "invalid"
         elif guess == self._number:
             answer = "correct"
         else:
             answer = "higher" if guess < self._number else "lower"
-        return answer, float(last and guess == self._number), last, False, {}
+        return answer, float(last and self._found), last, False, {}

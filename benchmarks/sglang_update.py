@@ -60,7 +60,7 @@ SHAPES: Mapping[str, Mapping[str, int]] = {
 """Of the built-in policy, by megabytes in float32."""
 RATES = {"full": 1, "1/4": 4, "1/16": 16}
 """What the loopback rate is divided by."""
-REPEATS = {"1.5": 7, "50": 7, "500": 3}
+REPEATS = {"1.5": 5, "50": 5, "500": 3}
 
 
 class Bench:

@@ -12,6 +12,9 @@ import aiohttp
 
 PauseMode = Literal["retract", "in_place"]
 
+_KEEPALIVE_S = 2.0
+"""The server closes idle connections after 5 s; one that it is closing must not be used again."""
+
 
 class ControlError(RuntimeError):
     """The server refused a control call, or did not answer in time.
@@ -146,7 +149,10 @@ class SglangControl:
 
     async def _post(self, path: str, body: Mapping[str, Any], timeout_s: float) -> None:
         if self._session is None:
-            self._session = aiohttp.ClientSession(headers=self._headers)
+            self._session = aiohttp.ClientSession(
+                headers=self._headers,
+                connector=aiohttp.TCPConnector(keepalive_timeout=_KEEPALIVE_S),
+            )
         limit = aiohttp.ClientTimeout(total=max(0.001, timeout_s))
         try:
             async with self._session.post(
