@@ -132,16 +132,16 @@ def rows(*, quick: bool) -> list[Row]:
             Row(name="K=4", staleness_max=4, learning_rate=asynchronous, steps=40),
         ]
     return [
-        Row(name="K=0", staleness_max=0, learning_rate=sync, steps=STEPS),
+        Row(name="K=0", staleness_max=0, learning_rate=sync, steps=100),
         Row(
             name="K=0 at equal concurrency",
             staleness_max=0,
             learning_rate=sync,
-            steps=30,
+            steps=20,
             groups_per_step=5 * GROUPS,
         ),
         Row(name="K=1", staleness_max=1, learning_rate=asynchronous, steps=STEPS),
-        Row(name="K=4", staleness_max=4, learning_rate=asynchronous, steps=STEPS),
+        Row(name="K=4", staleness_max=4, learning_rate=asynchronous, steps=2 * STEPS),
     ]
 
 

@@ -204,7 +204,7 @@ async def measure_size(
             worker.tell(layout, server.url, server.admin_key)
             bench = Bench(server, learner, worker)
             rows = await bench.measure(
-                loopback, cells_of(args.quick), REPEATS[size] if not args.quick else 2
+                loopback, cells_of(args.quick), 3 if args.quick else REPEATS[size]
             )
         finally:
             for peer in peers:

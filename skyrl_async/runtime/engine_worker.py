@@ -163,7 +163,7 @@ class EngineWorker:
 
         def load(weights: Mapping[str, Any], policy_version: int) -> None:
             loading = self._load(weights, policy_version, incarnation)
-            asyncio.run_coroutine_threadsafe(loading, loop).result(engine.load_timeout_s + 5)
+            asyncio.run_coroutine_threadsafe(loading, loop).result(self._load_timeout_s + 5)
 
         def ended(_: BaseException) -> None:
             loop.call_soon_threadsafe(self._news.set)
@@ -189,10 +189,7 @@ class EngineWorker:
 
     async def pin(self) -> EngineReport:
         """Finish a load in progress and end the pair, so that the weights stay as they are."""
-        async with self._loading:
-            version = self._policy_version
-        await self._disconnect()
-        self._policy_version = version
+        self._policy_version = await self._disconnect()
         return self._report()
 
     async def close(self) -> None:
@@ -203,14 +200,18 @@ class EngineWorker:
             self._running.cancel()
             await asyncio.gather(self._running, return_exceptions=True)
 
-    async def _disconnect(self) -> None:
+    async def _disconnect(self) -> int:
+        """End the pair; return the version that the server runs then, -1 for none."""
         receiver, self._receiver = self._receiver, None
         if receiver is not None:
             await asyncio.to_thread(receiver.close)
-        control, self._control = self._control, None
-        if control is not None:
-            await control.close()
-        self._policy_version = -1
+        # A load in progress must be able to resume its server.
+        async with self._loading:
+            control, self._control = self._control, None
+            if control is not None:
+                await control.close()
+            version, self._policy_version = self._policy_version, -1
+        return version
 
     async def _load(
         self, weights: Mapping[str, Any], policy_version: int, incarnation: int
@@ -218,7 +219,7 @@ class EngineWorker:
         from skyrl_async.weight_sync.sglang_direct import DirectReceiver
         from skyrl_async.weight_sync.sglang_loader import EngineBroken
 
-        timeout_s = self._config.engine.load_timeout_s
+        timeout_s = self._load_timeout_s
         async with self._loading:
             status = self._supervisor.status
             if status.incarnation != incarnation or status.server is None:
@@ -238,6 +239,14 @@ class EngineWorker:
                 self._supervisor.restart(str(error))
                 raise
             self._loaded(report)
+
+    @property
+    def _load_timeout_s(self) -> float:
+        """How long one load may take; a direct one includes the transfer."""
+        config = self._config
+        if config.engine.weight_load == "direct":
+            return max(config.engine.load_timeout_s, config.weight_sync.timeout_s)
+        return config.engine.load_timeout_s
 
     def _loaded(self, report: LoadReport) -> None:
         self._policy_version = report.policy_version

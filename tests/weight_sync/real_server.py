@@ -66,14 +66,21 @@ class Reply:
                     chunk = json.loads(line.removeprefix(b"data: "))
                     meta = chunk["meta_info"]
                     async with self._grown:
-                        self.token_ids = chunk["output_ids"]
+                        self._add(chunk["output_ids"], meta)
                         self._grown.notify_all()
-        self.logprobs = [entry[0] for entry in meta["output_token_logprobs"]]
         for span in meta["weight_versions"]:
             assert span["start"] == len(self.versions), "tokens without a version"
             self.versions += [span["version"]] * (span["end"] - span["start"])
-        assert len(self.token_ids) == len(self.logprobs) == len(self.versions)
+        assert len(self.token_ids) == len(self.versions)
         return self
+
+    def _add(self, token_ids: list[int], meta: Mapping[str, Any]) -> None:
+        """Take the end of what is there and came: some servers repeat earlier tokens, some not."""
+        total = meta["completion_tokens"]
+        logprobs = [entry[0] for entry in meta["output_token_logprobs"]]
+        self.token_ids = (self.token_ids + token_ids)[-total:]
+        self.logprobs = (self.logprobs + logprobs)[-total:]
+        assert len(self.token_ids) == len(self.logprobs) == total
 
     async def reach(self, length: int) -> None:
         """Wait until so many tokens are there."""
