@@ -242,8 +242,8 @@ class WeightSyncSection(Section):
 
     transport: Literal["collective", "disk"] = "collective"
     """collective: torch.distributed, one group per engine; disk: safetensors in a folder."""
-    bucket_bytes: int = Field(default=8 << 20, ge=1 << 10)
-    """Bytes sent at once."""
+    bucket_bytes: int = Field(default=1 << 20, ge=1 << 10)
+    """Bytes sent at once; one that fits into a core's cache is received and checked there."""
     timeout_s: float = Field(default=30, gt=0)
     """An engine that takes longer to receive one version loses its group."""
     max_bytes_per_s: float | None = Field(default=None, gt=0)

@@ -59,7 +59,7 @@ class CollectiveSender:
         engine_id: str,
         *,
         store: dist.TCPStore,
-        bucket_bytes: int = 8 << 20,
+        bucket_bytes: int = 1 << 20,
         host: str = "127.0.0.1",
         max_bytes_per_s: float | None = None,
     ) -> None:
