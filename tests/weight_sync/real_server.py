@@ -27,6 +27,8 @@ from tests.weight_sync.peers import in_thread, soon
 
 CONTEXT = [5, 6, 7, 8, 9, 10, 11, 12]
 TOLERANCE = 1e-4
+LONG_REPLY = 1000
+"""Tokens; the server's context is 1,024."""
 
 
 class Reply:
@@ -206,14 +208,15 @@ def spans_updates(
     async def scenario() -> None:
         policy = Policy()
         async with updating(server, policy, way=way, kv=kv) as update:
-            reply = Reply(server, max_tokens=600, extra_key="unverified")
+            # Long enough for a fast server not to end before the last update has begun.
+            reply = Reply(server, max_tokens=LONG_REPLY, extra_key="unverified")
             running = asyncio.create_task(reply.run())
             for version in (1, 2, 3):
-                await reply.reach(100 * version)
+                await reply.reach(40 * version)
                 await update(version)
             await running
         assert list(dict.fromkeys(reply.versions)) == ["unverified", "1", "2", "3"]
-        assert len(reply.versions) == 600
+        assert len(reply.versions) == LONG_REPLY
         deviations = policy.deviations(reply)
         record_property(f"deviation_nats_{way}_{kv}", float(deviations.max()))
         print(f"{way}, {kv}: largest {deviations.max():.2e}, mean {deviations.mean():.2e} nats")
