@@ -143,10 +143,6 @@ class SglangControl:
             body["weight_version"] = str(policy_version)
         await self._post("update_weights_from_distributed", body, timeout_s)
 
-    async def abort_all(self, *, timeout_s: float) -> None:
-        """End all requests; their waiters get what was sampled so far."""
-        await self._post("abort_request", {"abort_all": True}, timeout_s)
-
     async def _post(self, path: str, body: Mapping[str, Any], timeout_s: float) -> None:
         if self._session is None:
             self._session = aiohttp.ClientSession(
