@@ -72,7 +72,7 @@ def sglang_settings(sglang_python: Path, tiny_model_folder: Path) -> Callable[..
             "model_path": tiny_model_folder,
             "device": "cpu",
             "dtype": "float32",
-            "context_length": 1024,
+            "context_length": 4096,
             "max_running_requests": 16,
             "max_total_tokens": 16384,
             "start_timeout_s": START_TIMEOUT_S,
