@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
+import itertools
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
@@ -84,11 +85,10 @@ class Reply:
         self.logprobs = (self.logprobs + logprobs)[-total:]
         assert len(self.token_ids) == len(self.logprobs) == total
 
-    async def grow(self, length: int) -> None:
-        """Wait for so many tokens more than there are."""
-        enough = len(self.token_ids) + length
+    async def begun(self) -> None:
+        """Wait until tokens are there."""
         async with asyncio.timeout(60), self._grown:
-            await self._grown.wait_for(lambda: len(self.token_ids) >= enough)
+            await self._grown.wait_for(lambda: self.token_ids)
 
     async def stop(self) -> None:
         """Let the server end the generation where it is."""
@@ -221,13 +221,16 @@ def spans_updates(
         async with updating(server, policy, way=way, kv=kv) as update:
             reply = Reply(server, max_tokens=LONG_REPLY, extra_key="unverified")
             running = asyncio.create_task(reply.run())
-            await reply.grow(40)
+            await reply.begun()
             for version in (1, 2, 3):
                 await update(version)
-                await reply.grow(40)
+                # Both are in one batch, so the long one has as many tokens of this version.
+                short = Reply(server, max_tokens=40, extra_key=f"beside {version}")
+                assert set((await short.run()).versions) == {str(version)}
             await reply.stop()
             await running
-        assert list(dict.fromkeys(reply.versions)) == ["unverified", "1", "2", "3"]
+        spans = [(version, len(list(run))) for version, run in itertools.groupby(reply.versions)]
+        assert [version for version, _ in spans] == ["unverified", "1", "2", "3"], spans
         deviations = policy.deviations(reply)
         record_property(f"deviation_nats_{way}_{kv}", float(deviations.max()))
         print(f"{way}, {kv}: largest {deviations.max():.2e}, mean {deviations.mean():.2e} nats")
