@@ -2,16 +2,18 @@
 
 Every row is a real run of ``launchers/run.py`` on :class:`benchmarks.environments.SlowGuess`: 16
 groups of 8 trajectories a step, tool latency lognormal with mean 50 ms and sigma 1, the learning
-rate of both from a grid (``--tune`` runs it, with short latencies and two seeds). ``speedup`` is
-trained trajectories per second of ``staleness.max=4`` over 0, over the second half of the steps,
-and ``reward`` the median of the held-out evaluations in that half; ``speedup_to_reward`` compares
-the seconds until a held-out evaluation reaches 0.95. ``ideal_speedup`` is what the asynchronous
-run would reach if the busier one of learner and engine were never idle, by its ledger of wall time.
+rate of both from a grid (``--tune`` runs it, with short latencies). ``speedup`` is trained
+trajectories per second of ``staleness.max=4`` over 0, over the second half of the steps, and
+``reward`` the median of the held-out evaluations in that half; ``speedup_to_reward`` compares the
+seconds until a held-out evaluation reaches 0.95. Speeds and seconds are medians over seeds, rewards
+are of the worst seed. ``ideal_speedup`` is what the asynchronous run would reach if the busier one
+of learner and engine were never idle, by its ledger of wall time.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -28,11 +30,10 @@ ROOT = Path(__file__).resolve().parents[1]
 GROUPS, GROUP_SIZE = 16, 8
 REWARD = 0.95
 TARGET_SPEEDUP = 2.5
-LEARNING_RATES = {"sync": 1e-3, "async": 5e-4}
-ENTROPY_COEFFICIENT = 0.003
-"""At the default of 0.01, asynchronous runs stay one number short of the optimum."""
+SEEDS = (0, 1, 2)
+LEARNING_RATES = {"sync": 4e-3, "async": 5e-4}
 GRID = (5e-4, 1e-3, 2e-3, 4e-3)
-STEPS = 160
+STEPS = {"sync": 60, "async": 320}
 TUNING_LATENCY_MEAN_S = 0.002
 """The rate is chosen by steps to the reward, which do not depend on how long the tools take."""
 
@@ -47,7 +48,6 @@ class Row:
         groups_per_step: B.
         learning_rate: of AdamW.
         steps: learner steps.
-        stops_at_reward: end with the first held-out evaluation of 0.95.
         latency_mean_s: of a tool.
         seed: of the run.
     """
@@ -57,7 +57,6 @@ class Row:
     learning_rate: float
     steps: int
     groups_per_step: int = GROUPS
-    stops_at_reward: bool = False
     latency_mean_s: float = 0.05
     seed: int = 0
 
@@ -71,7 +70,8 @@ def run(row: Row, *, runtime: str, folder: Path) -> dict[str, Any]:
         f"run.steps={row.steps}",
         f"staleness.max={row.staleness_max}",
         f"optimizer.learning_rate={row.learning_rate}",
-        f"algorithm.entropy_coefficient={ENTROPY_COEFFICIENT}",
+        # Division by the standard deviation leaves some runs of K=4 one number short of all.
+        "algorithm.advantage=mean_centered",
         f"learner.groups_per_step={row.groups_per_step}",
         f"rollout.group_size={GROUP_SIZE}",
         f"seed={row.seed}",
@@ -83,8 +83,6 @@ def run(row: Row, *, runtime: str, folder: Path) -> dict[str, Any]:
         "logging.tensorboard=false",
         "logging.console=plain",
     ]
-    if row.stops_at_reward:
-        command.append(f"run.stop_at_eval_reward={REWARD}")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CI": "true"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     if done.returncode != 0:
@@ -146,7 +144,18 @@ def rows(*, quick: bool) -> list[Row]:
             Row(name="K=4", staleness_max=4, learning_rate=asynchronous, steps=40),
         ]
     return [
-        Row(name="K=0", staleness_max=0, learning_rate=sync, steps=100),
+        *(
+            Row(
+                name=f"K={k} seed {seed}",
+                staleness_max=k,
+                learning_rate=LEARNING_RATES[kind],
+                steps=STEPS[kind],
+                seed=seed,
+            )
+            for k, kind in ((0, "sync"), (4, "async"))
+            for seed in SEEDS
+        ),
+        Row(name="K=1", staleness_max=1, learning_rate=asynchronous, steps=STEPS["async"] // 2),
         Row(
             name="K=0 at equal concurrency",
             staleness_max=0,
@@ -154,23 +163,20 @@ def rows(*, quick: bool) -> list[Row]:
             steps=20,
             groups_per_step=5 * GROUPS,
         ),
-        Row(name="K=1", staleness_max=1, learning_rate=asynchronous, steps=STEPS),
-        Row(name="K=4", staleness_max=4, learning_rate=asynchronous, steps=2 * STEPS),
     ]
 
 
 def tune(*, runtime: str, folder: Path) -> None:
     """Print a row for every learning rate of the grid, synchronous and asynchronous."""
     print_header()
-    for k in (4, 0):
+    for k, kind in ((4, "async"), (0, "sync")):
         for rate in GRID:
-            for seed in (0, 1):
+            for seed in SEEDS:
                 row = Row(
                     name=f"K={k} rate={rate:g} seed={seed}",
                     staleness_max=k,
                     learning_rate=rate,
-                    steps=STEPS,
-                    stops_at_reward=True,
+                    steps=STEPS[kind],
                     latency_mean_s=TUNING_LATENCY_MEAN_S,
                     seed=seed,
                 )
@@ -195,6 +201,41 @@ def print_row(r: dict[str, Any]) -> None:
     )
 
 
+def compare(
+    results: list[dict[str, Any]], *, quick: bool
+) -> tuple[dict[str, float | None], list[str]]:
+    """Return the summary over the seeds, and what misses its target."""
+    sync = [r for r in results if r["name"].startswith("K=0") and "equal" not in r["name"]]
+    fast = [r for r in results if r["name"].startswith("K=4")]
+
+    def median(rs: list[dict[str, Any]], name: str) -> float | None:
+        values = [math.inf if r[name] is None else r[name] for r in rs]
+        middle = statistics.median(values)
+        return None if math.isinf(middle) else middle
+
+    rate, fast_rate = median(sync, "trajectories_per_s"), median(fast, "trajectories_per_s")
+    ideal = median(fast, "ideal_trajectories_per_s")
+    assert rate is not None and fast_rate is not None and ideal is not None
+    seconds, fast_seconds = median(sync, "seconds_to_reward"), median(fast, "seconds_to_reward")
+    summary = {
+        "speedup": fast_rate / rate,
+        "ideal_speedup": ideal / rate,
+        "seconds_to_reward_sync": seconds,
+        "seconds_to_reward_async": fast_seconds,
+        "speedup_to_reward": seconds / fast_seconds if seconds and fast_seconds else None,
+        "reward_sync": min(r["reward"] for r in sync),
+        "reward_async": min(r["reward"] for r in fast),
+    }
+    misses = []
+    if fast_rate / rate < TARGET_SPEEDUP:
+        misses.append(f"speedup {fast_rate / rate:.2f} < {TARGET_SPEEDUP}")
+    if not quick and summary["reward_async"] < max(REWARD, summary["reward_sync"] - 0.02):
+        misses.append(
+            f"held-out reward {summary['reward_async']:.2f}, of K=0 {summary['reward_sync']:.2f}"
+        )
+    return summary, misses
+
+
 def main() -> None:
     started = time.perf_counter()
     tuning = "--tune" in sys.argv
@@ -211,25 +252,8 @@ def main() -> None:
         for row in rows(quick=arguments.quick):
             results.append(run(row, runtime=runtime, folder=Path(name)))
             print_row(results[-1])
-    sync, fast = results[0], results[-1]
-    speedup = fast["trajectories_per_s"] / sync["trajectories_per_s"]
-    to_reward = None
-    if sync["seconds_to_reward"] and fast["seconds_to_reward"]:
-        to_reward = sync["seconds_to_reward"] / fast["seconds_to_reward"]
-    misses = []
-    if speedup < TARGET_SPEEDUP:
-        misses.append(f"speedup {speedup:.2f} < {TARGET_SPEEDUP}")
-    if not arguments.quick and fast["reward"] < sync["reward"] - 0.02:
-        misses.append(f"held-out reward {fast['reward']:.2f} < {sync['reward']:.2f}")
-    summary = {
-        "runtime": runtime,
-        "speedup": speedup,
-        "speedup_to_reward": to_reward,
-        "reward_async": fast["reward"],
-        "reward_sync": sync["reward"],
-        "ideal_speedup": fast["ideal_trajectories_per_s"] / sync["trajectories_per_s"],
-        "rows": results,
-    }
+    summary, misses = compare(results, quick=arguments.quick)
+    summary = {"runtime": runtime, **summary, "rows": results}
     finish("async_vs_sync", summary, misses, started, arguments.output)
 
 
