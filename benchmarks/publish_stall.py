@@ -4,8 +4,9 @@ Two processes, as in a run. One holds the embedded engine, whose thread has a co
 other core has all the rest: the learner process (changes its weights, takes a snapshot, publishes
 it over gloo, and goes on to the next version as soon as this one is live) and the threads of the
 receiver beside the engine. In the control, the learner process keeps its core busy in a loop
-instead. Windows of both kinds alternate within one run, and the ratio is the median over pairs of
-neighboring windows, so that other programs disturb both alike.
+instead, in which it changes its weights as often as before. Windows of both kinds alternate within
+one run, and the ratio is the median over pairs of neighboring windows, so that other programs
+disturb both alike.
 
 A gap is the time from the end of one decode step to the end of the next, the step included, in
 units of the control's median. Replies start at different times and prompts are short, so that no
@@ -78,27 +79,44 @@ def checksum(model: Qwen3ForCausalLM) -> int:
 def learn(pipe: Connection) -> None:
     """Publish or spin, as the last message says; answer each with version and checksum."""
     torch.set_num_threads(1)
-    model = make_model()
-    pool = SnapshotPool(model.named_parameters())
+    # The control leaves the published weights alone, so that the engine's stay the newest.
+    publishing, training = make_model(), make_model()
+    pool = SnapshotPool(publishing.named_parameters())
     sender = CollectiveSender("engine", store=host_store())
     publisher = WeightPublisher({"engine": sender}, timeout_s=WAIT_S / 2)
     pipe.send(sender.address)
-    version = 0
+    version, period_s = 0, 0.0
     mode = pipe.recv()
     while mode != "end":
-        pipe.send((version, checksum(model)))
+        pipe.send((version, checksum(publishing)))
+        started_s, first = time.perf_counter(), version
         while not pipe.poll():
             if mode == "spin":
-                sum(range(100_000))
+                spin(training, period_s)
                 continue
             version += 1
-            for parameter in model.parameters():
-                parameter.mul_(0.999)
+            change(publishing)
             publisher.publish(pool.take(version))
             if not publisher.wait_idle(WAIT_S) or publisher.engine_versions != {"engine": version}:
                 raise RuntimeError(f"the engine did not load policy version {version}")
+        if version > first:
+            period_s = (time.perf_counter() - started_s) / (version - first)
         mode = pipe.recv()
     publisher.close()
+
+
+def change(model: Qwen3ForCausalLM) -> None:
+    """Stand in for a learner step."""
+    for parameter in model.parameters():
+        parameter.mul_(0.999)
+
+
+def spin(model: Qwen3ForCausalLM, period_s: float) -> None:
+    """Be busy for the time of one publish, and change the weights once."""
+    started_s = time.perf_counter()
+    change(model)
+    while time.perf_counter() < started_s + period_s:
+        sum(range(10_000))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
