@@ -9,6 +9,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["skyrl_async", "skyrl_async.*"]),
+    package_data={"skyrl_async": ["algorithms/presets/*.yaml"]},
     install_requires=[
         "torch>=2.8,<3",
         "ray>=2.49",
@@ -27,6 +28,7 @@ setup(
         "lora": ["peft>=0.18"],
         "data": ["pyarrow>=19"],
         "envs": ["reasoning-gym>=0.1.24", "math-verify>=0.8"],
+        "peers": ["trl>=1.16,<2", "rlax>=0.1.8"],
         "test": [
             "pytest>=8",
             "pytest-timeout>=2.3",

@@ -7,24 +7,21 @@ errors at once) is in :mod:`skyrl_async.config_loading`.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from skyrl_async.config_algorithm import (
+    AlgorithmSection,
+    CorrectionSection,
+    CriticSection,
+    FiltersSection,
+    GuardSection,
+    KlSection,
+    algorithm_problems,
+)
+from skyrl_async.config_section import Section, Texts
 from skyrl_async.types import BYTES_PER_TOKEN, RECORD_OVERHEAD_BYTES
-
-Texts = Annotated[
-    tuple[str, ...], BeforeValidator(lambda value: tuple(value) if type(value) is list else value)
-]
-"""A list in YAML."""
-
-
-class Section(BaseModel):
-    """A part of the configuration: frozen, unknown keys refused, infinities and NaN refused."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
 
 
 class RunSection(Section):
@@ -184,21 +181,6 @@ class ReplaySection(Section):
     """Learner steps that may use one group."""
 
 
-class AlgorithmSection(Section):
-    """Advantages and loss."""
-
-    advantage: Literal["grpo", "mean_centered"] = "grpo"
-    """Group-relative, with or without division by the group's standard deviation."""
-    clip_low: float = Field(default=0.2, gt=0, lt=1)
-    """The policy ratio is clipped below at 1 - clip_low."""
-    clip_high: float = Field(default=0.28, gt=0)
-    """The policy ratio is clipped above at 1 + clip_high."""
-    importance_weight_cap: float = Field(default=2.0, gt=0)
-    """Importance weights exp(proximal - behavior) are truncated here."""
-    entropy_coefficient: float = Field(default=0.01, ge=0)
-    """Weight of the entropy bonus."""
-
-
 class OptimizerSection(Section):
     """AdamW."""
 
@@ -287,6 +269,11 @@ class Config(Section):
     staleness: StalenessSection = StalenessSection()
     replay: ReplaySection = ReplaySection()
     algorithm: AlgorithmSection = AlgorithmSection()
+    correction: CorrectionSection = CorrectionSection()
+    kl: KlSection = KlSection()
+    critic: CriticSection = CriticSection()
+    filters: FiltersSection = FiltersSection()
+    guard: GuardSection = GuardSection()
     optimizer: OptimizerSection = OptimizerSection()
     learner: LearnerSection = LearnerSection()
     weight_sync: WeightSyncSection = WeightSyncSection()
@@ -308,6 +295,14 @@ class Config(Section):
             *self._model_problems(),
             *self._run_problems(),
             *self._sglang_problems(),
+            *algorithm_problems(
+                self.algorithm,
+                correction=self.correction,
+                kl=self.kl,
+                critic=self.critic,
+                max_staleness=self.staleness.max,
+                context_length=self.engine.context_length,
+            ),
         )
         if problems:
             raise ValueError("\n".join(problems))

@@ -10,10 +10,11 @@ from typing import Any, Literal, get_args, get_origin
 import annotated_types
 from pydantic.fields import FieldInfo
 
-from skyrl_async.config import Config, Section
+from skyrl_async.config import Config
+from skyrl_async.config_section import Section
 
-FREE_KEYS = "environment.options"
-"""The one key whose mapping has keys of its own, those of the environment."""
+FREE_KEYS = ("environment.options", "algorithm.loss_options")
+"""Keys whose mappings have keys of their own, those of the environment and of the loss."""
 
 _TYPE_NAMES = {
     int: "an integer",

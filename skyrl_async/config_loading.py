@@ -3,6 +3,7 @@
 A file may name others under ``base:`` (one path or a list, relative to the file). Later layers win:
 bases in their order, then the file, then the overrides in theirs. A section is merged key by key;
 a value is replaced, ``environment.options`` as a whole unless an override names one of its keys.
+``algorithm: NAME`` stands for the file of a preset, at the place where it is said.
 Nothing is read from the environment.
 """
 
@@ -37,6 +38,8 @@ from skyrl_async.config_yaml import KeyPath, dump, parse
 __all__ = ["ConfigError", "describe_config", "dump_config", "load_config"]
 
 COMMAND_LINE = "command line"
+PRESETS = Path(__file__).parent / "algorithms" / "presets"
+"""Algorithms by name: YAML like any other, for ``algorithm: NAME``."""
 _MAX_SHOWN_CHARS = 80
 
 
@@ -151,7 +154,9 @@ class _Layers:
     def set(self, path: KeyPath, value: Any, origin: str) -> None:
         """Set one value; an unknown key becomes a problem."""
         dotted = ".".join(path)
-        if dotted in SECTIONS:
+        if dotted == "algorithm" and isinstance(value, str):
+            self._read_preset(value, origin)
+        elif dotted in SECTIONS:
             if not isinstance(value, dict):
                 example = f"{dotted}.{keys_of(dotted)[0]}"
                 self.doubtful.update(k for k in KEYS if k.startswith(f"{dotted}."))
@@ -165,12 +170,23 @@ class _Layers:
         elif dotted in KEYS and not any("." in part for part in path):
             self.origins[dotted] = origin
             _assign(self.values, path, value)
-        elif dotted.startswith(f"{FREE_KEYS}.") and all(path):
-            self.origins.setdefault(FREE_KEYS, origin)
+        elif all(path) and (free := [k for k in FREE_KEYS if dotted.startswith(f"{k}.")]):
+            self.origins.setdefault(free[0], origin)
             _assign(self.values, path, value)
         else:
             self.doubtful.update(suggest(dotted))
             self.problems.append(f"{dotted}={_quote(value)} ({origin}): {_explain_unknown(path)}")
+
+    def _read_preset(self, name: str, origin: str) -> None:
+        """Add the file of an algorithm preset."""
+        presets = {p.stem: p for p in sorted(PRESETS.glob("*.yaml"))}
+        if name in presets:
+            self.read(presets[name], origin=f" ({origin})")
+            return
+        close = difflib.get_close_matches(name.lower(), presets, n=1, cutoff=0.4)
+        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(presets)}"
+        self.doubtful.update(k for k in KEYS if k.startswith("algorithm."))
+        self.problems.append(f"algorithm={_quote(name)} ({origin}): no such preset; {hint}")
 
     def apply(self, overrides: Sequence[str]) -> None:
         """Apply overrides in their order."""
@@ -260,7 +276,7 @@ def _explain_value(dotted: str, error: ErrorDetails, layers: _Layers) -> str:
     known = KEYS[dotted]
     origin = layers.origins[dotted]
     value = error["input"]
-    if dotted == FREE_KEYS and len(error["loc"]) > 2:
+    if dotted in FREE_KEYS and len(error["loc"]) > 2:
         return f"{dotted}: key {value!r} ({origin}): must be text; put it in quotes"
     must = f"must be {limit(known)}"
     close = difflib.get_close_matches(str(value).lower(), choices(known), n=1, cutoff=0.4)

@@ -36,6 +36,7 @@ def find_problems(config: Config, *, root: Path = DEFAULT_ROOT) -> list[str]:
     checks: tuple[tuple[str, Callable[[], object]], ...] = (
         (f"environment.name={config.environment.name}: ", environment),
         (f"model.path={config.model.path}: ", lambda: _check_model(config)),
+        ("", lambda: _check_loss(config)),
         ("", lambda: _check_engine(config)),
         ("", lambda: check_run_folder(config, root=root)),
     )
@@ -74,6 +75,16 @@ def _check_model(config: Config) -> None:
             f"engine.context_length={context} is more than the model's {shape.max_positions} "
             "positions; lower it"
         )
+
+
+def _check_loss(config: Config) -> None:
+    algorithm = config.algorithm
+    if not algorithm.loss_options and ":" not in algorithm.loss:
+        return
+    # Loading torch takes a while, so only those who set a loss pay for it.
+    from skyrl_async.algorithms.catalogue import check_loss
+
+    check_loss(algorithm.loss, algorithm.loss_options)
 
 
 def _check_engine(config: Config) -> None:

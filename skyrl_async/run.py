@@ -20,6 +20,8 @@ from skyrl_async.coordination.coordinator import (
     RolloutWorker,
 )
 from skyrl_async.coordination.engine_fleet import EngineWorker
+from skyrl_async.coordination.filters import FilterSettings
+from skyrl_async.coordination.guard import CollapseGuard, GuardSettings
 from skyrl_async.coordination.ledger import GroupLedger
 from skyrl_async.coordination.run_metrics import RunMetrics
 from skyrl_async.coordination.staleness import StalenessRule
@@ -180,6 +182,8 @@ class _Run:
             settings=_coordinator_settings(config),
             clock=time.monotonic,
             engines=runtime.engines,
+            filters=FilterSettings(**config.filters.model_dump()),
+            guard=_make_guard(config),
         )
         await coordinator.run()
 
@@ -223,7 +227,9 @@ def _make_runtime(config: Config, *, folder: Path) -> Runtime:
 
 def _make_ledger(config: Config) -> GroupLedger:
     batch, bound, replay = config.learner.groups_per_step, config.staleness, config.replay
+    rule = StalenessRule(name=bound.rule, max_staleness=bound.max, groups_per_step=batch)
     return GroupLedger(
+        rule=rule,
         admission=Admission(
             groups_per_step=batch,
             max_staleness=bound.max,
@@ -234,11 +240,16 @@ def _make_ledger(config: Config) -> GroupLedger:
         ),
         buffer=ReplayBuffer(
             groups_per_step=batch,
-            rule=StalenessRule(name=bound.rule, max_staleness=bound.max, groups_per_step=batch),
+            rule=rule,
             selector=fifo if replay.selector == "fifo" else uniform(config.seed),
             max_times_sampled=replay.max_times_sampled,
         ),
     )
+
+
+def _make_guard(config: Config) -> CollapseGuard | None:
+    values = config.guard.model_dump()
+    return CollapseGuard(GuardSettings(**values)) if values.pop("enabled") else None
 
 
 def _coordinator_settings(config: Config) -> CoordinatorSettings:

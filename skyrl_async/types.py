@@ -89,6 +89,14 @@ class DropReason(StrEnum):
     """Beyond ``staleness.max`` when it was sampled for training."""
     NONFINITE_UPDATE = "nonfinite_update"
     """The learner step that used it was skipped, because its loss or gradient was not finite."""
+    ZERO_VARIANCE = "zero_variance"
+    """All members have the same reward, so that none is better than another; a filter's choice."""
+    PASS_RATE = "pass_rate"
+    """Too many members solved the task; a filter's choice."""
+    TRUNCATED = "truncated"
+    """Too many members ran into a limit of length; a filter's choice."""
+    ROLLBACK = "rollback"
+    """Generated before the learner went back to earlier weights."""
     SHUTDOWN = "shutdown"
 
 
@@ -551,6 +559,8 @@ class TrainSequence:
         policy_versions: version that sampled each token; -1 where nothing was sampled.
         temperature: that sampled the tokens.
         advantages: credit per token; 0 outside the loss.
+        reward: of the whole trajectory.
+        group_id: of its group, whose members share a prompt.
     """
 
     token_ids: Int32Array
@@ -559,6 +569,8 @@ class TrainSequence:
     policy_versions: Int32Array
     temperature: float
     advantages: Float32Array
+    reward: float
+    group_id: int
 
     def __post_init__(self) -> None:
         arrays = (self.loss_mask, self.behavior_logprobs, self.policy_versions, self.advantages)

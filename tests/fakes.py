@@ -412,6 +412,7 @@ class FakeLearner:
         max_staleness: of the tokens that a batch may train.
         skip: number of a step, from 1, to whether its gradient is not finite.
         during: called in each step with its number, before it ends.
+        report: number of a step, from 1, to further metrics of it.
     """
 
     def __init__(
@@ -423,9 +424,13 @@ class FakeLearner:
         max_staleness: int,
         skip: Callable[[int], bool] = lambda step: False,
         during: Callable[[int], Awaitable[None]] | None = None,
+        report: Callable[[int], dict[str, float]] = lambda step: {},
     ) -> None:
         self.version = 0
         self.steps = 0
+        self.rate = 1.0
+        self._remembered: int | None = None
+        self._report = report
         self.stepping = False
         self._workers = workers
         self._events = events
@@ -445,7 +450,7 @@ class FakeLearner:
             await (asyncio.sleep(0) if self._during is None else self._during(self.steps))
         finally:
             self.stepping = False
-        metrics = {"optimizer_steps": 2.0 * self.steps}
+        metrics = {"optimizer_steps": 2.0 * self.steps, **self._report(self.steps)}
         if self._skip(self.steps):
             return StepResult(
                 policy_version=self.version, skipped=True, metrics=metrics, staleness_counts={}
@@ -458,13 +463,30 @@ class FakeLearner:
             policy_version=self.version, skipped=False, metrics=metrics, staleness_counts=counts
         )
 
+    async def remember(self) -> None:
+        assert not self.stepping
+        self._remembered = self.version
+        self._events.append(("remembered", self.version))
+
+    async def roll_back(self) -> int:
+        assert not self.stepping and self._remembered is not None
+        self.version += 1
+        for worker in self._workers:
+            worker.publish(self.version)
+        self._events.append(("rolled back", self._remembered, self.version))
+        return self.version
+
+    async def scale_rate(self, factor: float) -> None:
+        assert 0 < factor < 1
+        self.rate *= factor
+
     def _check(self, batch: SampledBatch) -> Counter[int]:
         assert batch.train_version == self.version
         assert len(batch.groups) == self._groups_per_step
         cut_off = max(0, self.version - self._max_staleness)
         counts: Counter[int] = Counter()
         for sampled in batch.groups:
-            assert sampled.min_trainable_version == cut_off
+            assert sampled.min_trainable_version >= cut_off, "a bound may only be tightened"
             assert sampled.group.group_id not in self._trained, "a group is trained once"
             self._trained.add(sampled.group.group_id)
             for trajectory in sampled.group.trajectories:

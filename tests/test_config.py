@@ -32,7 +32,7 @@ def test_reference_text_names_every_key_with_default_and_limit():
     assert "  staleness.max=2  (an integer >= 0)" in text
     assert "  runtime=ray  (one of ray, local)" in text
     assert "  run.dir=null  (text or null)" in text
-    assert "  algorithm.clip_low=0.2  (a number > 0 and < 1)" in text
+    assert "  optimizer.beta1=0.9  (a number >= 0 and < 1)" in text
     for path, field in KEYS.items():
         assert f"  {path}=" in text
         assert f"({limit(field)})" in text

@@ -80,7 +80,9 @@ def test_the_scan_sees_the_package():
 @pytest.mark.parametrize("name", ALONE)
 def test_basic_modules_import_only_types(name):
     path = PACKAGE.joinpath(*name.split(".")).with_suffix(".py")
-    assert imported_of_ours(path) <= {"types"}
+    # The configuration is several files, which import only each other.
+    parts = {"config_section", "config_algorithm"} if name == "config" else set()
+    assert imported_of_ours(path) <= {"types", *parts}
 
 
 @pytest.mark.parametrize("folder", sorted(ALLOWED))

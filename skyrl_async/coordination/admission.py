@@ -91,11 +91,10 @@ class Admission:
                 f"replay.capacity_groups={capacity_groups} must be at least "
                 f"learner.groups_per_step={groups_per_step}"
             )
-        self.max_slots = max_admitted(
-            groups_per_step=groups_per_step,
-            max_staleness=max_staleness,
-            max_times_sampled=max_times_sampled,
-        )
+        self._groups_per_step = groups_per_step
+        self._max_times_sampled = max_times_sampled
+        self.max_slots = 0
+        self.tighten(max_staleness)
         self._largest_group_bytes = largest_group_bytes
         self._capacity_bytes = capacity_bytes
         self._capacity_groups = self.max_slots if capacity_groups is None else capacity_groups
@@ -146,6 +145,14 @@ class Admission:
     def is_in_flight(self, group_id: int) -> bool:
         """Return whether the group was admitted and neither inserted nor dropped."""
         return group_id in self._in_flight
+
+    def tighten(self, max_staleness: int) -> None:
+        """Admit for another ``K`` from now on; what has a slot keeps it."""
+        self.max_slots = max_admitted(
+            groups_per_step=self._groups_per_step,
+            max_staleness=max_staleness,
+            max_times_sampled=self._max_times_sampled,
+        )
 
     def try_admit(self) -> Slot | None:
         """Admit one group, or return None while slots, groups or bytes are used up."""

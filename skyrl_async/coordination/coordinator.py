@@ -24,16 +24,20 @@ from typing import Any, Protocol
 
 from skyrl_async.coordination.deadlines import Deadline
 from skyrl_async.coordination.engine_fleet import EngineFleet, EngineWorker, FleetSettings
+from skyrl_async.coordination.filters import FilterSettings, GroupFilter
+from skyrl_async.coordination.guard import CollapseGuard, GuardedTraining
 from skyrl_async.coordination.ledger import GroupLedger
 from skyrl_async.coordination.run_metrics import Progress, RunMetrics
 from skyrl_async.types import (
     Assignment,
     DroppedGroup,
+    DropReason,
     EvaluationResult,
     RolloutReport,
     SampledBatch,
     StepResult,
     Task,
+    TrajectoryGroup,
 )
 
 logger = logging.getLogger(__name__)
@@ -77,6 +81,18 @@ class LearnerGroup(Protocol):
 
     async def step(self, batch: SampledBatch) -> StepResult:
         """Train on a batch, and start to publish what it made."""
+        ...
+
+    async def remember(self) -> None:
+        """See :class:`skyrl_async.coordination.guard.RevertibleLearner`."""
+        ...
+
+    async def roll_back(self) -> int:
+        """See :class:`skyrl_async.coordination.guard.RevertibleLearner`."""
+        ...
+
+    async def scale_rate(self, factor: float) -> None:
+        """See :class:`skyrl_async.coordination.guard.RevertibleLearner`."""
         ...
 
     async def open_pair(self, engine_id: str) -> Any:
@@ -147,6 +163,8 @@ class Coordinator:
         metrics: told about everything.
         settings: limits.
         clock: seconds, monotonic.
+        filters: groups that are not worth training; without them all are.
+        guard: acts when training is about to collapse.
     """
 
     def __init__(
@@ -160,7 +178,13 @@ class Coordinator:
         settings: CoordinatorSettings,
         clock: Callable[[], float],
         engines: Mapping[str, EngineWorker] | None = None,
+        filters: FilterSettings | None = None,
+        guard: CollapseGuard | None = None,
     ) -> None:
+        self._guarded = None
+        if guard is not None:
+            self._guarded = GuardedTraining(guard, groups=groups, learner=learner)
+        self._filter = GroupFilter(filters or FilterSettings())
         self._tasks = tasks
         self._groups = groups
         self._rollouts = dict(rollouts)
@@ -247,7 +271,21 @@ class Coordinator:
                 self._count_failure(group)
                 continue
             self._failed_in_a_row = 0
-            self._groups.insert(group)
+            rejected = self._reject(group)
+            if rejected is None:
+                self._groups.insert(group)
+            else:
+                self._groups.drop(rejected)
+                self._metrics.dropped([rejected])
+
+    def _reject(self, group: TrajectoryGroup) -> DroppedGroup | None:
+        if self._groups.is_valid(group.group_id):
+            return self._filter.check(group)
+        return DroppedGroup(
+            group_id=group.group_id,
+            reason=DropReason.ROLLBACK,
+            num_generated_tokens=group.num_generated_tokens,
+        )
 
     def _count_failure(self, group: DroppedGroup) -> None:
         self._failed_in_a_row += 1
@@ -281,6 +319,8 @@ class Coordinator:
         settings = self._settings
         started_s = self._clock()
         skipped = 0
+        if self._guarded is not None:
+            await self._guarded.start()
         for step in range(1, settings.steps + 1):
             left_s = None
             if settings.max_seconds is not None:
@@ -293,7 +333,7 @@ class Coordinator:
             with _blaming("learner"):
                 async with Deadline(settings.step_timeout_s, "a step"):
                     result = await self._learner.step(batch)
-            self._finish_step(step, batch, result)
+            await self._finish_step(step, batch, result)
             skipped = skipped + 1 if result.skipped else 0
             if skipped >= MAX_SKIPPED_STEPS:
                 raise RuntimeError(
@@ -332,7 +372,7 @@ class Coordinator:
                     f"live version {self._groups.live_version} of {self._policy_version}"
                 ) from None
 
-    def _finish_step(self, step: int, batch: SampledBatch, result: StepResult) -> None:
+    async def _finish_step(self, step: int, batch: SampledBatch, result: StepResult) -> None:
         if result.skipped:
             outcome = self._groups.skip(batch)
         else:
@@ -346,7 +386,21 @@ class Coordinator:
             buffered_groups=self._groups.counts().buffered,
             buffered_bytes=self._groups.size_bytes,
         )
-        self._metrics.learner_step(batch, result, progress, self._groups.take_cost())
+        row = self._metrics.learner_step(batch, result, progress, self._groups.take_cost())
+        if self._guarded is not None and not result.skipped:
+            await self._guard_step(self._guarded, step, row)
+
+    async def _guard_step(
+        self, guarded: GuardedTraining, step: int, row: Mapping[str, float | None]
+    ) -> None:
+        async with Deadline(self._settings.step_timeout_s, "the collapse guard"):
+            outcome = await guarded.after_step(step, row)
+        if outcome.action is not None:
+            self._metrics.guarded(outcome.action.name.lower())
+        if outcome.ledger is not None:
+            self._metrics.departed(outcome.ledger.departed)
+        if outcome.policy_version is not None:
+            self._policy_version = outcome.policy_version
 
     def _evaluate_if_due(self, step: int) -> None:
         if self._evaluation is not None and self._evaluation.done():

@@ -28,13 +28,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Protocol
 
 from skyrl_async.coordination.admission import Admission, ReleasedSlot, Slot
 from skyrl_async.coordination.staleness import (
     StalenessCost,
+    StalenessRule,
     count_loss_tokens,
     first_use_cost,
 )
@@ -87,6 +88,12 @@ class Buffer(Protocol):
 
     def give_back(self, lease_id: int) -> None:
         """Return a batch that will not be trained."""
+
+    def tighten(self, rule: StalenessRule) -> None:
+        """Apply another rule from now on."""
+
+    def drop_all(self, reason: DropReason) -> tuple[DepartedGroup, ...]:
+        """Let all buffered groups leave."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -141,6 +148,7 @@ class GroupLedger:
     Args:
         admission: a new one, whose ``live_version`` is that of the run's start.
         buffer: a new replay buffer with the same ``B``, ``K`` and ``M``.
+        rule: of that buffer.
         state: of the checkpoint that is resumed.
 
     Raises:
@@ -148,9 +156,16 @@ class GroupLedger:
     """
 
     def __init__(
-        self, *, admission: Admission, buffer: Buffer, state: LedgerState | None = None
+        self,
+        *,
+        admission: Admission,
+        buffer: Buffer,
+        rule: StalenessRule | None = None,
+        state: LedgerState | None = None,
     ) -> None:
         self._admission = admission
+        self._rule = rule
+        self._first_valid_group = 0
         self._buffer = buffer
         self._consumed = 0
         self._retired = 0
@@ -252,6 +267,48 @@ class GroupLedger:
     def give_back(self, batch: SampledBatch) -> None:
         """Return a batch that will not be trained."""
         self._buffer.give_back(batch.lease_id)
+
+    @property
+    def max_staleness(self) -> int:
+        """``K``, as it is now.
+
+        Raises:
+            RuntimeError: if the ledger was made without its rule.
+        """
+        return self._known_rule().max_staleness
+
+    def tighten(self, max_staleness: int) -> None:
+        """Bound the staleness of all later batches by a smaller ``K``.
+
+        Raises:
+            ValueError: if it is larger than the present one: groups admitted for that might be
+                dropped, but older ones would not have been played for it.
+            RuntimeError: if the ledger was made without its rule.
+        """
+        rule = self._known_rule()
+        if max_staleness > rule.max_staleness:
+            raise ValueError(
+                f"staleness.max can only be lowered, from {rule.max_staleness}, not to "
+                f"{max_staleness}"
+            )
+        self._rule = replace(rule, max_staleness=max_staleness)
+        self._admission.tighten(max_staleness)
+        self._buffer.tighten(self._rule)
+
+    def drop_all(self) -> Outcome:
+        """Drop all buffered groups; those in flight are no longer valid (see :meth:`is_valid`)."""
+        departed = self._buffer.drop_all(DropReason.ROLLBACK)
+        self._first_valid_group = self._admission.next_group_id
+        return Outcome(departed=departed, released=self._settle(departed))
+
+    def is_valid(self, group_id: int) -> bool:
+        """Return whether a group was admitted after the last :meth:`drop_all`."""
+        return group_id >= self._first_valid_group
+
+    def _known_rule(self) -> StalenessRule:
+        if self._rule is None:
+            raise RuntimeError("this ledger was made without its staleness rule")
+        return self._rule
 
     def engine_joined(self, engine_id: str, version: int) -> Outcome:
         """Count an engine in that has verified ``version``, at least ``live_version``."""

@@ -62,6 +62,7 @@ class RunMetrics:
         self._reward_means: list[float] = []
         self._evaluations: list[EvaluationResult] = []
         self._dropped: Counter[str] = Counter()
+        self._guard_actions: Counter[str] = Counter()
         self._failed_members: Counter[str] = Counter()
         self._generated = 0.0
         self._trajectories_trained = 0
@@ -108,6 +109,11 @@ class RunMetrics:
         """Count groups that failed at their actor."""
         for group in groups:
             self._count_drop(group.reason, group.num_generated_tokens)
+
+    def guarded(self, action: str) -> None:
+        """Count an action of the collapse guard; it is written with the next step."""
+        self._recorder.record(f"guard/{action}", Sum(1))
+        self._guard_actions[action] += 1
 
     def evaluated(self, result: EvaluationResult) -> None:
         """Record an evaluation; it is written with the next step."""
@@ -200,5 +206,6 @@ class RunMetrics:
             "tokens_generated": int(self._generated),
             "staleness_observed_max": self._staleness_max,
             "dropped": dict(self._dropped),
+            "guard_actions": dict(self._guard_actions),
             "failed_members": dict(self._failed_members),
         }

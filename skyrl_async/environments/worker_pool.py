@@ -24,7 +24,7 @@ from skyrl_async.types import DropReason, Task
 
 logger = logging.getLogger(__name__)
 
-MAX_MOVES = 8
+MAX_MOVES = 64
 """An episode that loses its process more often than this fails; it leaves a stuck one only while it
 has moved less than half as often."""
 

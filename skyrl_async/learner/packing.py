@@ -15,7 +15,8 @@ Shapes: ``N`` rows, ``R`` tokens per row, ``L`` loss tokens of a microbatch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,8 @@ class Microbatch:
         source: ``[L]`` int64, index into ``N * R`` of the token *before* each loss token, whose
             logits predict it.
         targets: ``[L]`` int64, the loss tokens.
+        index: ``[L]`` int64, their places among the loss tokens of all sequences, end to end in the
+            order that the packer was told.
         behavior_logprobs: ``[L]``.
         advantages: ``[L]``.
         policy_versions: ``[L]`` int64.
@@ -55,6 +58,7 @@ class Microbatch:
     subtree_ends: Tensor
     source: Tensor
     targets: Tensor
+    index: Tensor
     behavior_logprobs: Tensor
     advantages: Tensor
     policy_versions: Tensor
@@ -115,11 +119,13 @@ class _Branch:
     Attributes:
         sequence: what it is of.
         num_context: tokens of it that predict a loss token, or precede one that does.
-        num_shared: of these, the ones that the branch before it has too.
+        first_index: place of its first loss token among those of all sequences.
+        num_shared: of the tokens in context, the ones that the branch before it has too.
     """
 
     sequence: TrainSequence
     num_context: int
+    first_index: int
     num_shared: int = 0
 
     @property
@@ -128,11 +134,18 @@ class _Branch:
         return self.num_context - self.num_shared
 
 
+def first_loss_indices(sequences: Sequence[TrainSequence]) -> list[int]:
+    """Return the place of each sequence's first loss token among those of all, end to end."""
+    lengths = [int(s.loss_mask.sum()) for s in sequences]
+    return list(accumulate(lengths, initial=0))[:-1]
+
+
 def pack(
     sequences: Sequence[TrainSequence],
     *,
     tokens_per_microbatch: int,
     dtype: torch.dtype = torch.float32,
+    first_indices: Sequence[int] | None = None,
 ) -> list[Microbatch]:
     """Pack sequences into microbatches of about ``tokens_per_microbatch`` computed tokens.
 
@@ -144,10 +157,17 @@ def pack(
         tokens_per_microbatch: rows are added to a microbatch up to this many tokens; one row is
             allowed even if it is longer.
         dtype: of the floating-point tensors.
+        first_indices: place of each sequence's first loss token among those of a larger batch;
+            without them, ``sequences`` is the batch.
     """
     if not sequences:
         return []
-    branches = [_Branch(s, int(np.flatnonzero(s.loss_mask)[-1])) for s in sequences]
+    if first_indices is None:
+        first_indices = first_loss_indices(sequences)
+    branches = [
+        _Branch(s, int(np.flatnonzero(s.loss_mask)[-1]), first)
+        for s, first in zip(sequences, first_indices, strict=True)
+    ]
     row_tokens = max(MIN_ROW_TOKENS, *(branch.num_context for branch in branches))
     merged = _fill(_grow_trees(branches, max_tokens=row_tokens), row_tokens=row_tokens)
     separate = _fill([[branch] for branch in branches], row_tokens=row_tokens)
@@ -175,7 +195,7 @@ def _grow_trees(branches: Sequence[_Branch], *, max_tokens: int) -> list[list[_B
         if not shared or branch.num_context - shared > room:
             trees.append([])
             room, shared = max_tokens, 0
-        branch = _Branch(branch.sequence, branch.num_context, shared)
+        branch = replace(branch, num_shared=shared)
         trees[-1].append(branch)
         room -= branch.num_new
         before = big_endian[index]
@@ -226,7 +246,7 @@ def _to_tensors(rows: Sequence[list[_Branch]], *, dtype: torch.dtype) -> Microba
 
 
 _FLOATS = ("behavior_logprobs", "advantages", "temperature")
-_LONGS = ("source", "targets", "policy_versions", "prefix_versions")
+_LONGS = ("source", "targets", "index", "policy_versions", "prefix_versions")
 
 
 def _loss_tokens(
@@ -250,6 +270,9 @@ def _loss_tokens(
     return {
         "source": np.concatenate(places)[where],
         "targets": predicted("token_ids")[where],
+        "index": np.concatenate(
+            [np.arange(b.first_index, b.first_index + b.sequence.loss_mask.sum()) for b in branches]
+        ),
         "behavior_logprobs": predicted("behavior_logprobs")[where],
         "advantages": predicted("advantages")[where],
         "temperature": temperatures[where],

@@ -7,13 +7,19 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from skyrl_async.types import SampledGroup, TrainSequence
+from skyrl_async.algorithms.reward_shaping import overlong_penalty
+from skyrl_async.types import SampledGroup, TrainSequence, Trajectory
 
-AdvantageEstimator = Callable[[NDArray[np.floating]], NDArray[np.float64]]
+AdvantageEstimator = Callable[[NDArray[np.floating], NDArray[np.integer]], NDArray[np.floating]]
+"""From rewards ``[N]`` and group ids ``[N]`` of a batch to one value per trajectory ``[N]``."""
 
 
 def make_sequences(
-    groups: Sequence[SampledGroup], *, advantage: AdvantageEstimator
+    groups: Sequence[SampledGroup],
+    *,
+    advantage: AdvantageEstimator,
+    overlong_buffer_tokens: int = 0,
+    max_tokens: int = 0,
 ) -> list[TrainSequence]:
     """Return one sequence for every trajectory that has a token in the loss.
 
@@ -23,27 +29,44 @@ def make_sequences(
 
     Args:
         groups: leased for this step.
-        advantage: from the rewards ``[G]`` of one group to one value per trajectory ``[G]``.
+        advantage: estimator over the whole batch.
+        overlong_buffer_tokens: band below ``max_tokens`` in which rewards fall; 0 for none.
+        max_tokens: of a trajectory, for that band.
     """
+    members = [(sampled, t) for sampled in groups for t in sampled.group.trajectories]
+    rewards = np.array([t.reward for _, t in members])
+    if overlong_buffer_tokens:
+        lengths = np.array([len(t.token_ids) for _, t in members])
+        rewards = rewards + overlong_penalty(
+            lengths, max_length=max_tokens, buffer=overlong_buffer_tokens
+        )
+    group_ids = np.array([sampled.group.group_id for sampled, _ in members])
     sequences = []
-    for sampled in groups:
-        members = sampled.group.trajectories
-        rewards = np.array([t.reward for t in members])
-        for trajectory, value in zip(members, advantage(rewards), strict=True):
-            cutoff = sampled.min_trainable_version
-            if trajectory.max_policy_version < cutoff:
-                continue
-            mask = trajectory.sampled
-            if trajectory.min_policy_version < cutoff:
-                mask = mask & (trajectory.policy_versions >= cutoff)
-            sequences.append(
-                TrainSequence(
-                    token_ids=trajectory.token_ids,
-                    loss_mask=mask,
-                    behavior_logprobs=trajectory.behavior_logprobs,
-                    policy_versions=trajectory.policy_versions,
-                    temperature=trajectory.temperature,
-                    advantages=mask * np.float32(value),
-                )
+    credits = advantage(rewards, group_ids)
+    for (sampled, t), value, reward in zip(members, credits, rewards, strict=True):
+        mask = _loss_mask(t, cutoff=sampled.min_trainable_version)
+        if mask is None:
+            continue
+        sequences.append(
+            TrainSequence(
+                token_ids=t.token_ids,
+                loss_mask=mask,
+                behavior_logprobs=t.behavior_logprobs,
+                policy_versions=t.policy_versions,
+                temperature=t.temperature,
+                advantages=mask * np.float32(value),
+                reward=float(reward),
+                group_id=sampled.group.group_id,
             )
+        )
     return sequences
+
+
+def _loss_mask(trajectory: Trajectory, *, cutoff: int) -> NDArray[np.bool_] | None:
+    """Return which tokens are in the loss; None if none is."""
+    if trajectory.max_policy_version < cutoff:
+        return None
+    mask = trajectory.sampled
+    if trajectory.min_policy_version < cutoff:
+        mask = mask & (trajectory.policy_versions >= cutoff)
+    return mask

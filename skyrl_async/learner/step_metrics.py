@@ -7,12 +7,13 @@ import math
 import torch
 from torch import Tensor
 
-from skyrl_async.algorithms.policy_loss import PolicyLoss
+from skyrl_async.learner.objective import Objective
 from skyrl_async.learner.packing import Microbatch
 from skyrl_async.learner.rank_group import RankGroup
 
 _NAMES = (
     "tokens",
+    "masked",
     "loss",
     "entropy",
     "importance_weight",
@@ -20,6 +21,7 @@ _NAMES = (
     "importance_weight_capped",
     "kl_behavior",
     "clipped",
+    "kl_reference",
     "mismatch_tokens",
     "mismatch_kl",
 )
@@ -34,28 +36,23 @@ class StepSums:
 
     def __init__(self, *, train_version: int) -> None:
         self.grad_norms: list[float] = []
+        self.value_losses: list[float] = []
         self._train_version = train_version
         self._sums = torch.zeros(len(_NAMES), dtype=torch.float64)
         self._max_weight = torch.zeros((), dtype=torch.float64)
 
     @torch.no_grad()
-    def add(
-        self, microbatch: Microbatch, policy: PolicyLoss, entropy: Tensor, proximal: Tensor
-    ) -> None:
+    def add(self, microbatch: Microbatch, result: Objective, proximal: Tensor) -> None:
         """Add the tokens of one microbatch."""
         fresh = microbatch.prefix_versions == self._train_version
         log_ratio = (proximal - microbatch.behavior_logprobs)[fresh]
         values = {
-            **policy.sums,
-            "tokens": torch.tensor(float(microbatch.num_loss_tokens)),
-            "loss": policy.loss,
-            "entropy": entropy.sum(),
+            **result.sums,
             "mismatch_tokens": fresh.sum(),
             "mismatch_kl": (log_ratio.exp() - 1 - log_ratio).sum(),
         }
         self._sums += torch.stack([values[name].detach().double() for name in _NAMES])
-        largest = policy.maxima["importance_weight"].double()
-        self._max_weight = torch.maximum(self._max_weight, largest)
+        self._max_weight = torch.maximum(self._max_weight, result.largest_weight.double())
 
     def metrics(self, ranks: RankGroup) -> dict[str, float]:
         """Return the step's metrics over all ranks, under the run's names.
@@ -69,7 +66,7 @@ class StepSums:
         weight, squared = s["importance_weight"], s["importance_weight_squared"]
         out = {
             "learner/loss_tokens": s["tokens"],
-            "loss/policy": s["loss"] / tokens,
+            "loss/policy": s["loss"] / max(len(self.grad_norms), 1),
             "policy/entropy": s["entropy"] / tokens,
             "policy/grad_norm": math.fsum(self.grad_norms) / max(len(self.grad_norms), 1),
             "offpolicy/ess_fraction": weight**2 / (tokens * squared) if squared else 1.0,
@@ -78,7 +75,11 @@ class StepSums:
             "offpolicy/importance_weight_capped_fraction": s["importance_weight_capped"] / tokens,
             "offpolicy/kl_behavior": s["kl_behavior"] / tokens,
             "offpolicy/clip_fraction": s["clipped"] / tokens,
+            "offpolicy/masked_fraction": s["masked"] / max(s["masked"] + s["tokens"], 1.0),
+            "loss/kl": s["kl_reference"] / tokens,
         }
+        if self.value_losses:
+            out["loss/value"] = math.fsum(self.value_losses) / len(self.value_losses)
         if s["mismatch_tokens"]:
             out["offpolicy/mismatch_kl"] = s["mismatch_kl"] / s["mismatch_tokens"]
         return out

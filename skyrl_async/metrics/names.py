@@ -138,6 +138,7 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric("buffer/groups", "", "groups in the replay buffer", "buffer", "groups"),
     Metric("buffer/bytes", "bytes", "their size", "buffer", "bytes"),
+    Metric("guard/<action>", "", "actions of the collapse guard", "off-policy"),
     Metric("dropped/<reason>", "", "left untrained during the step", "buffer", "dropped"),
 )
 

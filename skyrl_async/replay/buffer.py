@@ -143,6 +143,25 @@ class ReplayBuffer:
         leased = (stored for lease in self._leases.values() for stored in lease.groups)
         return (*self._buffered.values(), *leased)
 
+    def tighten(self, rule: BoundRule) -> None:
+        """Apply another rule from now on, also to what is inside; open leases keep theirs."""
+        self._rule = rule
+        self._by_deadline = {}
+        for group_id, stored in self._buffered.items():
+            self._by_deadline.setdefault(rule.deadline(stored.group), set()).add(group_id)
+
+    def drop_all(self, reason: DropReason) -> tuple[DepartedGroup, ...]:
+        """Let all buffered groups leave; those in open leases stay."""
+        stored = list(self._buffered.values())
+        for one in stored:
+            self._remove(one)
+        return tuple(
+            self._leave(one, GroupFate.RETIRED)
+            if one.times_sampled
+            else self._leave(one, GroupFate.DROPPED, reason)
+            for one in stored
+        )
+
     def sample(
         self, train_version: int, in_flight_versions: Mapping[int, int]
     ) -> tuple[SampledBatch | None, tuple[DepartedGroup, ...]]:

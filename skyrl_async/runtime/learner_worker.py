@@ -70,8 +70,15 @@ class LearnerWorker:
         source = policy_source(config)
         model = load_model(replace(source, dtype="float32"))
         self._ledger = TimeLedger("learner", parts=_PARTS)
+        reference = None
+        if config.kl.coefficient:
+            reference = load_model(replace(source, dtype="float32")).requires_grad_(False)
         self._learner = Learner(
-            model, learner_settings(config), ranks=self._ranks, ledger=self._ledger
+            model,
+            learner_settings(config),
+            reference=reference,
+            ranks=self._ranks,
+            ledger=self._ledger,
         )
         self._snapshots = SnapshotPool(model.named_parameters(), dtype=getattr(torch, source.dtype))
         return {"pid": os.getpid(), "host": socket.gethostname()}
@@ -141,6 +148,21 @@ class LearnerWorker:
         parts = fractions(self._ledger.take())
         idle = {f"idle/learner/{part}_fraction": share for part, share in parts.items()}
         return replace(result, metrics={**result.metrics, **published, **idle})
+
+    def remember(self) -> None:
+        """Keep a copy of weights and optimizer, in place of an older one."""
+        self._learner.remember()
+
+    def roll_back(self) -> int:
+        """Go back to the copy under a new policy version, and publish it."""
+        version = self._learner.roll_back()
+        if self._publisher is not None:
+            self._publisher.publish(self._snapshots.take(version))
+        return version
+
+    def scale_rate(self, factor: float) -> None:
+        """Multiply the learning rate of all later steps."""
+        self._learner.scale_rate(factor)
 
     def save_policy(self, folder: Path) -> None:
         """Write the policy in Hugging Face format."""

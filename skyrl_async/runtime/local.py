@@ -43,6 +43,18 @@ class LocalLearner:
         """Publish the present weights to the engines that do not have them."""
         await self.call(self._worker.publish_newest)
 
+    async def remember(self) -> None:
+        """Keep a copy of weights and optimizer."""
+        await self.call(self._worker.remember)
+
+    async def roll_back(self) -> int:
+        """Go back to the copy under a new policy version, and publish it."""
+        return await self.call(self._worker.roll_back)
+
+    async def scale_rate(self, factor: float) -> None:
+        """Multiply the learning rate of all later steps."""
+        await self.call(self._worker.scale_rate, factor)
+
     async def save_policy(self, folder: Path) -> None:
         """Write the policy in Hugging Face format."""
         await self.call(self._worker.save_policy, folder)

@@ -145,6 +145,20 @@ class RemoteLearner:
         """Publish the present weights to the engines that do not have them."""
         await _answer(self._handles[0].publish_newest.remote())
 
+    async def remember(self) -> None:
+        """Keep a copy of weights and optimizer, on all ranks."""
+        await asyncio.gather(*(_answer(handle.remember.remote()) for handle in self._handles))
+
+    async def roll_back(self) -> int:
+        """Go back to the copy under a new policy version, and publish it."""
+        versions = [_answer(handle.roll_back.remote()) for handle in self._handles]
+        return (await asyncio.gather(*versions))[0]
+
+    async def scale_rate(self, factor: float) -> None:
+        """Multiply the learning rate of all later steps, on all ranks."""
+        calls = [_answer(handle.scale_rate.remote(factor)) for handle in self._handles]
+        await asyncio.gather(*calls)
+
     async def save_policy(self, folder: Path) -> None:
         """Write the policy in Hugging Face format."""
         await _answer(self._handles[0].save_policy.remote(folder))

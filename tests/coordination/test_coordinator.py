@@ -16,6 +16,8 @@ from skyrl_async.coordination.coordinator import (
     CoordinatorSettings,
     WorkerFailed,
 )
+from skyrl_async.coordination.filters import FilterSettings
+from skyrl_async.coordination.guard import CollapseGuard, GuardSettings
 from skyrl_async.coordination.ledger import GroupLedger
 from skyrl_async.coordination.run_metrics import RunMetrics
 from skyrl_async.coordination.staleness import StalenessRule
@@ -65,6 +67,8 @@ def make_run(
     workers: Sequence[dict[str, Any]] = ({}, {}),
     learner: dict[str, Any] | None = None,
     clock: Callable[[], float] = time.monotonic,
+    guard: GuardSettings | None = None,
+    filters: FilterSettings | None = None,
     **settings: Any,
 ) -> Run:
     events: list[Event] = []
@@ -75,7 +79,9 @@ def make_run(
     fake_learner = FakeLearner(
         fakes, events, groups_per_step=BATCH, max_staleness=bound, **(learner or {})
     )
+    rule = StalenessRule(name="mask", max_staleness=bound, groups_per_step=BATCH)
     ledger = GroupLedger(
+        rule=rule,
         admission=Admission(
             groups_per_step=BATCH,
             max_staleness=bound,
@@ -84,7 +90,7 @@ def make_run(
         ),
         buffer=ReplayBuffer(
             groups_per_step=BATCH,
-            rule=StalenessRule(name="mask", max_staleness=bound, groups_per_step=BATCH),
+            rule=rule,
         ),
     )
     sink = ListSink()
@@ -99,6 +105,8 @@ def make_run(
             steps=steps, **({"poll_wait_s": 2 * DEADLINE_S, "evaluation_tasks": ()} | settings)
         ),
         clock=clock,
+        guard=CollapseGuard(guard) if guard is not None else None,
+        filters=filters,
     )
     return Run(coordinator, ledger, fakes, fake_learner, metrics, sink.lines, events)
 
@@ -629,3 +637,37 @@ def test_import_loads_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
     assert done.stdout.strip() == "[]"
+
+
+def test_a_rejected_group_frees_its_slot_and_batches_stay_full():
+    """All groups pass, which is too easy; one in three is kept nevertheless."""
+    easy = FilterSettings(max_pass_rate=0.5, pass_reward=-1.0, max_rejected_in_a_row=2)
+    run = go(make_run(steps=3, filters=easy))
+    assert run.metrics.summary()["steps"] == 3
+    assert run.metrics.summary()["dropped"]["pass_rate"] >= 2 * BATCH * 3
+    assert run.ledger.counts().dropped[DropReason.PASS_RATE] >= 2 * BATCH * 3
+
+
+def test_the_guard_acts_in_order_and_a_rollback_makes_a_new_version_without_old_groups():
+    guard = GuardSettings(max_kl=1.0, patience_steps=2, max_reward_drop=None)
+    sick = {"offpolicy/kl_behavior": 5.0}
+    run = make_run(
+        steps=9,
+        bound=4,
+        guard=guard,
+        learner={"report": lambda step: sick if step <= 8 else {"offpolicy/kl_behavior": 0.0}},
+    )
+    go(run)
+    assert run.metrics.summary()["guard_actions"] == {
+        "warn": 1,
+        "tighten": 1,
+        "lower_rate": 1,
+        "rollback": 1,
+    }
+    assert run.ledger.max_staleness == 2
+    assert run.learner.rate == 0.5
+    (rolled_back,) = run.happened("rolled back")
+    assert rolled_back == ("rolled back", 0, 9)
+    assert run.learner.version == 10, "nine steps and one rollback, each a version"
+    dropped_groups = run.ledger.counts().dropped
+    assert dropped_groups[DropReason.ROLLBACK] >= 1

@@ -309,6 +309,7 @@ def test_summary_holds_the_totals_of_the_run(world):
         "tokens_generated": 183,
         "staleness_observed_max": 3,
         "dropped": {},
+        "guard_actions": {},
         "failed_members": {},
     }
 

@@ -7,6 +7,8 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
+from skyrl_async.algorithms.composition import CorrectionSettings
+from skyrl_async.learner.algorithm_settings import AlgorithmSettings, KlSettings
 from skyrl_async.learner.learner import Learner, LearnerSettings
 from skyrl_async.learner.rank_group import RankGroup
 from skyrl_async.learner.tiny_policy import build_tiny_model
@@ -14,7 +16,9 @@ from skyrl_async.types import SampledBatch, SampledGroup, TrajectoryGroup
 from tests.records import make_trajectory, make_turn, random_batch
 
 
-def small_learner(**settings) -> Learner:
+def small_learner(*, algorithm: AlgorithmSettings | None = None, **settings) -> Learner:
+    if algorithm is not None:
+        settings["algorithm"] = algorithm
     return Learner(build_tiny_model(hidden_size=16, num_heads=2), LearnerSettings(**settings))
 
 
@@ -61,7 +65,11 @@ def test_first_optimizer_step_equals_the_literal_gradient():
     """One minibatch, one optimizer step: minus w * A * grad log pi, averaged over loss tokens."""
     batch = random_batch(1, train_version=0, num_groups=2, group_size=3)
     learner = small_learner(
-        num_minibatches=1, entropy_coefficient=0.0, max_grad_norm=1e9, importance_weight_cap=1.5
+        algorithm=AlgorithmSettings(
+            entropy_coefficient=0.0, correction=CorrectionSettings(weight_cap=1.5)
+        ),
+        num_minibatches=1,
+        max_grad_norm=1e9,
     )
     reference = copy.deepcopy(learner.model).double()
     terms, count = [], 0
@@ -103,7 +111,10 @@ def test_second_minibatch_is_clipped_against_the_start_of_the_step():
 
 @pytest.mark.parametrize("num_minibatches", [1, 2])
 def test_a_nonfinite_gradient_changes_nothing_and_is_reported(num_minibatches):
-    learner = small_learner(num_minibatches=num_minibatches, importance_weight_cap=1e38)
+    learner = small_learner(
+        algorithm=AlgorithmSettings(correction=CorrectionSettings(weight_cap=1e38)),
+        num_minibatches=num_minibatches,
+    )
     learner.step(random_batch(3, train_version=0))
     before, state = weights_of(learner), copy.deepcopy(learner._optimizer.state_dict())
     result = learner.step(with_logprobs(random_batch(4, train_version=1), -1e30))
@@ -123,11 +134,11 @@ def test_a_nonfinite_second_minibatch_undoes_the_first():
     calls = []
     real = learner._apply
 
-    def fail_second(loss, sums):
+    def fail_second(loss, sums, **options):
         calls.append(1)
         if len(calls) == 2:
             learner._parameters[0].grad.fill_(float("nan"))
-        return real(loss, sums)
+        return real(loss, sums, **options)
 
     learner._apply = fail_second
     assert learner.step(random_batch(6, train_version=0)).skipped
@@ -203,3 +214,58 @@ def test_two_ranks_have_the_gradient_of_one(tmp_path: Path, free_port, dtype, to
         assert counts == counts_alone
         for name, value in metrics_alone.items():
             assert metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-7), name
+
+
+def test_a_rollback_restores_weights_and_moments_under_a_new_version():
+    learner = small_learner(num_minibatches=1)
+    learner.step(random_batch(0, train_version=0))
+    learner.remember()
+    good, moments = weights_of(learner), copy.deepcopy(learner._optimizer.state_dict()["state"])
+    learner.step(random_batch(1, train_version=1))
+    assert not same(good, weights_of(learner))
+    assert learner.roll_back() == 3 == learner.policy_version
+    assert same(good, weights_of(learner))
+    after = learner._optimizer.state_dict()["state"]
+    for index, values in moments.items():
+        assert all(torch.equal(value, after[index][name]) for name, value in values.items())
+    # Steps after a rollback must not reach into the copy.
+    learner.step(random_batch(2, train_version=3))
+    assert learner.roll_back() == 5
+    assert same(good, weights_of(learner))
+
+
+def test_the_rate_follows_the_effective_sample_size():
+    algorithm = AlgorithmSettings(scale_rate_by_ess=True)
+    learner = small_learner(algorithm=algorithm, num_minibatches=1, learning_rate=1e-3)
+    result = learner.step(random_batch(0, train_version=0))
+    expected = 1e-3 * math.sqrt(result.metrics["offpolicy/ess_fraction"])
+    assert result.metrics["policy/lr"] == pytest.approx(expected, rel=1e-4)
+    assert result.metrics["policy/lr"] < 1e-3
+
+
+def test_a_divergence_from_the_reference_is_measured_and_held_back():
+    reference = build_tiny_model(hidden_size=16, num_heads=2)
+    algorithm = AlgorithmSettings(
+        kl=KlSettings(coefficient=100.0, estimator="k2"), entropy_coefficient=0.0
+    )
+    free, held = (
+        small_learner(learning_rate=0.01),
+        Learner(
+            build_tiny_model(hidden_size=16, num_heads=2),
+            LearnerSettings(algorithm=algorithm, learning_rate=0.01),
+            reference=reference,
+        ),
+    )
+
+    def distance(learner):
+        pairs = zip(learner.model.parameters(), reference.parameters(), strict=True)
+        return sum(float((a - b).detach().square().sum()) for a, b in pairs)
+
+    for version in range(6):
+        batch = random_batch(version, train_version=version)
+        free.step(batch)
+        result = held.step(batch)
+    assert result.metrics["loss/kl"] > 0
+    assert distance(held) < distance(free)
+    with pytest.raises(ValueError, match="needs a reference policy"):
+        small_learner(algorithm=algorithm)

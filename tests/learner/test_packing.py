@@ -1,16 +1,20 @@
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from skyrl_async.algorithms.advantages import grpo
-from skyrl_async.learner.logprobs import token_logprobs
+from skyrl_async.algorithms.advantages import estimate
+from skyrl_async.learner.logprobs import token_outputs
 from skyrl_async.learner.packing import fill_rows, pack, split_evenly
 from skyrl_async.learner.sequences import make_sequences
 from skyrl_async.learner.tiny_policy import build_tiny_model
 from skyrl_async.types import SampledGroup, TrainSequence, TrajectoryGroup
 from tests.records import make_trajectory, make_turn, random_batch
+
+GRPO = partial(estimate, "grpo")
 
 LENGTHS = st.lists(st.integers(1, 64), max_size=60)
 
@@ -49,12 +53,13 @@ def test_packed_logprobs_equal_those_of_each_sequence_alone(
     """With 1 and 2 words many sequences begin alike, or are beginnings of others."""
     model = build_tiny_model(hidden_size=16, num_heads=2).double()
     batch = random_batch(seed, train_version=3, vocab_size=vocab_size)
-    sequences = make_sequences(batch.groups, advantage=grpo)
+    sequences = make_sequences(batch.groups, advantage=GRPO)
     microbatches = pack(sequences, tokens_per_microbatch=tokens_per_microbatch, dtype=torch.float64)
     rows = []
     with torch.no_grad():
         for microbatch in microbatches:
-            logprobs, entropy = token_logprobs(model, microbatch)
+            outputs = token_outputs(model, microbatch)
+            logprobs, entropy = outputs.logprobs, outputs.entropy
             rows += zip(
                 microbatch.targets.tolist(),
                 microbatch.behavior_logprobs.tolist(),
@@ -86,7 +91,7 @@ def test_packed_logprobs_equal_those_of_each_sequence_alone(
 
 def test_next_to_nothing_is_padding():
     sequences = make_sequences(
-        random_batch(0, train_version=3, num_groups=16, group_size=16).groups, advantage=grpo
+        random_batch(0, train_version=3, num_groups=16, group_size=16).groups, advantage=GRPO
     )
     microbatches = pack(sequences, tokens_per_microbatch=8192)
     computed = sum(m.token_ids.numel() for m in microbatches)
@@ -96,7 +101,7 @@ def test_next_to_nothing_is_padding():
 def sequences_of(*members: tuple[list[int], list[int]]) -> list[TrainSequence]:
     trajectories = tuple(make_trajectory(make_turn(*member)) for member in members)
     group = TrajectoryGroup(group_id=0, task_id="t", trajectories=trajectories)
-    return make_sequences([SampledGroup(group=group, min_trainable_version=0)], advantage=grpo)
+    return make_sequences([SampledGroup(group=group, min_trainable_version=0)], advantage=GRPO)
 
 
 def test_a_common_beginning_is_computed_once():
@@ -140,7 +145,7 @@ def test_the_prefix_version_is_the_oldest_so_far():
         make_turn([1, 2], [3, 4], version=[5, 6]), make_turn([7], [8, 9], version=[6, 7])
     )
     group = TrajectoryGroup(group_id=0, task_id="t", trajectories=(trajectory, trajectory))
-    sequences = make_sequences([SampledGroup(group=group, min_trainable_version=6)], advantage=grpo)
+    sequences = make_sequences([SampledGroup(group=group, min_trainable_version=6)], advantage=GRPO)
     (microbatch,) = pack(sequences[:1], tokens_per_microbatch=64)
     assert microbatch.policy_versions.tolist() == [6, 6, 7]
     assert microbatch.prefix_versions.tolist() == [5, 5, 5]

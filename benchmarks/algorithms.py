@@ -1,0 +1,234 @@
+"""What each policy loss and correction costs, against the plain PPO loss in the same run.
+
+A pass is what a microbatch costs above the decoder: the language-model head of the built-in policy
+(64 words), logprobs and entropy, corrections, the loss, and the gradient back to the hidden states.
+Times are medians over rounds in which all losses take turns; memory is the peak of the resident
+set during one larger pass, above what it was before. ``bare`` is the loss function and its gradient
+alone.
+
+    python benchmarks/algorithms.py
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from report import finish, parse_args
+from torch import Tensor
+
+from skyrl_async.algorithms.catalogue import losses
+from skyrl_async.algorithms.composition import CorrectionSettings
+from skyrl_async.algorithms.tokens import LossTokens
+from skyrl_async.config_algorithm import BEHAVIOR_LOSSES
+from skyrl_async.learner.algorithm_settings import AlgorithmSettings
+from skyrl_async.learner.logprobs import TokenOutputs
+from skyrl_async.learner.loss_batch import LossBatch
+from skyrl_async.learner.objective import objective
+from skyrl_async.learner.packing import Microbatch
+from skyrl_async.learner.targets import make_targets
+
+LIMIT = 1.3
+WIDTH, VOCABULARY, SEQUENCE_TOKENS = 64, 64, 128
+CORRECTIONS = {
+    "sequence weight": CorrectionSettings(weight="sequence"),
+    "icepop": CorrectionSettings(token_mask=(0.5, 5.0)),
+    "sequence mask": CorrectionSettings(sequence_mask=(0.1, 10.0)),
+    "veto": CorrectionSettings(veto_below=1e-4),
+    "k3 rejection": CorrectionSettings(k3_limit=0.01, k_level="sequence_mean"),
+    "opsm": CorrectionSettings(opsm_delta=0.5),
+    "m2": CorrectionSettings(m2_limit=0.04),
+    "normalized": CorrectionSettings(normalize_weights=True),
+}
+
+
+class Pass:
+    """Forward and backward over one batch of ``num_tokens`` random tokens."""
+
+    def __init__(self, num_tokens: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self._hidden = torch.randn(num_tokens, WIDTH, generator=generator).requires_grad_()
+        self._head = torch.randn(VOCABULARY, WIDTH, generator=generator) / WIDTH**0.5
+        self._targets = torch.randint(VOCABULARY, (num_tokens,), generator=generator)
+        with torch.no_grad():
+            logprobs = self._outputs().logprobs
+        noise = 0.1 * torch.randn(2, num_tokens, generator=generator)
+        self._proximal = logprobs + noise[0]
+        num_sequences = num_tokens // SEQUENCE_TOKENS
+        ids = torch.arange(num_tokens) // SEQUENCE_TOKENS
+        self._batch = LossBatch(
+            behavior_logprobs=self._proximal + noise[1],
+            policy_versions=torch.zeros(num_tokens, dtype=torch.int64),
+            advantages=torch.randn(num_tokens, generator=generator),
+            sequence_ids=ids,
+            prompt_ids=ids // 16,
+            turn_ids=torch.zeros(num_tokens, dtype=torch.int64),
+            rewards=torch.zeros(num_sequences),
+        )
+        self._microbatch = _microbatch(num_tokens, self._batch)
+        self.tokens = LossTokens(
+            current_logprobs=logprobs.requires_grad_(),
+            proximal_logprobs=self._proximal,
+            behavior_logprobs=self._batch.behavior_logprobs,
+            advantages=self._batch.advantages,
+            sequence_ids=ids,
+            num_sequences=num_sequences,
+        )
+
+    def _outputs(self) -> TokenOutputs:
+        all_logprobs = torch.log_softmax(self._hidden @ self._head.T, -1)
+        logprobs = all_logprobs.gather(-1, self._targets[:, None])[:, 0]
+        entropy = -(all_logprobs.exp() * all_logprobs).sum(-1)
+        return TokenOutputs(logprobs=logprobs, entropy=entropy, hidden=self._hidden)
+
+    def run(self, settings: AlgorithmSettings) -> None:
+        """Do what the learner does above the decoder."""
+        self._hidden.grad = None
+        targets = make_targets(self._batch, settings, proximal_logprobs=self._proximal)
+        objective(
+            self._outputs(),
+            self._microbatch,
+            self._batch,
+            targets,
+            proximal_logprobs=self._proximal,
+            settings=settings,
+        ).total.backward()
+
+    def bare(self, settings: AlgorithmSettings) -> None:
+        """Compute only the loss function and its gradient."""
+        self.tokens.current_logprobs.grad = None
+        settings.loss(self.tokens, **settings.loss_options).loss.sum().backward()
+
+
+def _microbatch(num_tokens: int, batch: LossBatch) -> Microbatch:
+    zeros = torch.zeros(num_tokens, dtype=torch.int64)
+    return Microbatch(
+        token_ids=zeros[None],
+        position_ids=zeros[None],
+        subtree_ends=zeros[None],
+        source=zeros,
+        targets=zeros,
+        index=torch.arange(num_tokens),
+        behavior_logprobs=batch.behavior_logprobs,
+        advantages=batch.advantages,
+        policy_versions=zeros,
+        prefix_versions=zeros,
+        temperature=torch.ones(num_tokens),
+    )
+
+
+def subjects() -> dict[str, AlgorithmSettings]:
+    """Return what is measured; the plain PPO loss, without importance weight, comes first."""
+    none = CorrectionSettings(weight="none")
+    plain = AlgorithmSettings(correction=none)
+    named = {"ppo_clip (plain)": plain, "ppo_clip + token weight": AlgorithmSettings()}
+    for name, function in losses().items():
+        if name != "ppo_clip":
+            correction = none if name in BEHAVIOR_LOSSES else CorrectionSettings()
+            named[name] = replace(plain, loss=function, correction=correction)
+    for name, correction in CORRECTIONS.items():
+        named[f"ppo_clip + {name}"] = AlgorithmSettings(correction=correction)
+    return named
+
+
+def seconds(call: Callable[[], None]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def peak_bytes(call: Callable[[], None]) -> int:
+    """Return by how much the resident set grew at most, on Linux."""
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    call()
+    return _status("VmHWM") - before
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024
+
+
+def measure(*, rounds: int, num_tokens: int, memory_tokens: int) -> list[dict[str, Any]]:
+    named = subjects()
+    one = Pass(num_tokens)
+    times: dict[str, dict[str, list[float]]] = {n: {"pass": [], "bare": []} for n in named}
+    for number in range(rounds + 1):
+        for name, settings in named.items():
+            whole = seconds(lambda s=settings: one.run(s))
+            bare = seconds(lambda s=settings: one.bare(s))
+            if number:
+                times[name]["pass"].append(whole)
+                times[name]["bare"].append(bare)
+    large = Pass(memory_tokens)
+    memory = {name: peak_bytes(lambda s=s: large.run(s)) for name, s in named.items()}
+    plain, *_ = named
+    middle = {n: {kind: statistics.median(v) for kind, v in t.items()} for n, t in times.items()}
+    return [
+        {
+            "name": name,
+            "seconds_per_million_tokens": middle[name]["pass"] / num_tokens * 1e6,
+            "relative_time": middle[name]["pass"] / middle[plain]["pass"],
+            "relative_bare_time": middle[name]["bare"] / middle[plain]["bare"],
+            "megabytes_per_million_tokens": memory[name] / memory_tokens,
+            "relative_memory": memory[name] / memory[plain],
+        }
+        for name in named
+    ]
+
+
+def gradient_norms_s(num_sequences: int) -> float:
+    """Return what the norm of each trajectory's gradient costs, per trajectory, built-in policy."""
+    from skyrl_async.learner.tiny_policy import build_tiny_model
+
+    model = build_tiny_model()
+    ids = torch.randint(0, 60, (num_sequences, 24))
+
+    def one_by_one() -> None:
+        for row in ids:
+            model.zero_grad(set_to_none=True)
+            logits = model(row[None, :-1]).logits.log_softmax(-1)
+            logits.gather(-1, row[None, 1:, None]).sum().backward()
+            norms: list[Tensor] = [p.grad.square().sum() for p in model.parameters()]
+            torch.stack(norms).sum()
+
+    return seconds(one_by_one) / num_sequences
+
+
+def main() -> None:
+    arguments = parse_args("The cost of every policy loss and correction.")
+    started = time.perf_counter()
+    torch.set_num_threads(1)
+    quick = arguments.quick
+    rows = measure(
+        rounds=5 if quick else 21,
+        num_tokens=16_384 if quick else 65_536,
+        memory_tokens=262_144 if quick else 1_048_576,
+    )
+    norms_s = gradient_norms_s(8 if quick else 64)
+    print(f"{'':<30}{'s/M tokens':>12}{'relative':>10}{'bare':>7}{'MB/M':>8}{'relative':>10}")
+    for row in rows:
+        print(
+            f"{row['name']:<30}{row['seconds_per_million_tokens']:>12.3f}"
+            f"{row['relative_time']:>10.2f}{row['relative_bare_time']:>7.2f}"
+            f"{row['megabytes_per_million_tokens']:>8.0f}{row['relative_memory']:>10.2f}"
+        )
+    print(f"gradient norm of one trajectory (VCPO's baseline): {1e3 * norms_s:.1f} ms each")
+    misses = [
+        f"{row['name']}: relative {what} {row[f'relative_{what}']:.2f} > {LIMIT}"
+        for row in rows
+        for what in ("time", "memory")
+        if row[f"relative_{what}"] > LIMIT
+    ]
+    figures = {"rows": rows, "gradient_norm_s_per_trajectory": norms_s}
+    finish("algorithms", figures, misses, started, arguments.output)
+
+
+if __name__ == "__main__":
+    main()

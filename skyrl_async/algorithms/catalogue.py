@@ -1,0 +1,154 @@
+"""What there is: every estimator, correction, loss and penalty, with its equation and paper.
+
+The docstrings are the source; ``python -m skyrl_async.algorithms`` prints them as one table.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType, ModuleType
+from typing import Any
+
+from skyrl_async.algorithms import (
+    advantages,
+    aggregation,
+    behavior_losses,
+    corrections,
+    kl,
+    policy_losses,
+    proximal,
+    returns,
+    reward_shaping,
+    sequence_losses,
+    value_loss,
+)
+from skyrl_async.algorithms.guidance import WHEN_IT_HELPS
+
+_KINDS: tuple[tuple[str, tuple[ModuleType, ...]], ...] = (
+    ("advantage", (advantages, returns)),
+    ("loss", (policy_losses, sequence_losses, behavior_losses)),
+    ("correction", (corrections, proximal)),
+    ("aggregation", (aggregation,)),
+    ("divergence", (kl,)),
+    ("shaping", (reward_shaping,)),
+    ("critic", (value_loss,)),
+)
+_HELPERS = frozenset(
+    {"estimate", "turn_starts", "correct", "m2_mask", "squared_log_ratio", "overload"}
+)
+"""Public functions that are no method by themselves."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One method of the catalogue.
+
+    Attributes:
+        name: of the function, and in the configuration.
+        kind: what it is for.
+        summary: first line of its docstring.
+        when: it helps.
+        equation: in LaTeX.
+        source: paper or code.
+        options: keyword arguments with their defaults.
+        function: itself.
+    """
+
+    name: str
+    kind: str
+    summary: str
+    when: str
+    equation: str
+    source: str
+    options: Mapping[str, Any]
+    function: Callable[..., Any]
+
+
+def entries() -> Iterator[Entry]:
+    """Yield all methods, by kind, in the order of the files."""
+    for kind, modules in _KINDS:
+        for module in modules:
+            for name, function in vars(module).items():
+                public = inspect.isfunction(function) and not name.startswith("_")
+                if public and function.__module__ == module.__name__ and name not in _HELPERS:
+                    yield _entry(kind, name, function)
+
+
+def losses() -> Mapping[str, Callable[..., Any]]:
+    """Return the policy losses by name."""
+    return MappingProxyType({e.name: e.function for e in entries() if e.kind == "loss"})
+
+
+def find_loss(name: str) -> Callable[..., Any]:
+    """Return a policy loss by name, or by ``module:function``.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    module_name, colon, function_name = name.partition(":")
+    if not colon:
+        known = losses()
+        if name in known:
+            return known[name]
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+        hint = f"did you mean {close[0]}?" if close else f"one of {', '.join(known)}"
+        raise ValueError(f"algorithm.loss={name}: no such loss; {hint}")
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"algorithm.loss={name}: cannot be imported ({error}); give module:function, with the "
+            "module on PYTHONPATH"
+        ) from error
+    if not callable(function):
+        raise ValueError(f"algorithm.loss={name}: is no function but {type(function).__name__}")
+    return function
+
+
+def check_loss(name: str, options: Mapping[str, Any]) -> None:
+    """Check that a loss exists and takes these options.
+
+    Raises:
+        ValueError: naming the option, and the ones that there are.
+    """
+    parameters = inspect.signature(find_loss(name)).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return
+    known = [p.name for p in parameters.values() if p.kind is p.KEYWORD_ONLY]
+    for option, value in options.items():
+        if option not in known:
+            close = difflib.get_close_matches(option, known, n=1)
+            there = ", ".join(known) or "no options"
+            hint = f"did you mean {close[0]}?" if close else f"{name} has {there}"
+            raise ValueError(f"algorithm.loss_options.{option}={value}: unknown option; {hint}")
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"algorithm.loss_options.{option}={value!r}: must be a number")
+
+
+def _entry(kind: str, name: str, function: Callable[..., Any]) -> Entry:
+    text = inspect.getdoc(function) or ""
+    math = re.search(r"\.\. math::\s*\n?(.*?)(?=\n\S|\Z)", text, re.DOTALL)
+    source = re.search(r"^Source: (.*?)(?=\n\n|\Z)", text, re.DOTALL | re.MULTILINE)
+    return Entry(
+        name=name,
+        kind=kind,
+        summary=text.partition("\n")[0],
+        when=WHEN_IT_HELPS[name],
+        equation=_one_line(math.group(1)) if math else "",
+        source=_one_line(source.group(1)) if source else "",
+        options={
+            p.name: p.default
+            for p in inspect.signature(function).parameters.values()
+            if p.kind is p.KEYWORD_ONLY and p.default is not p.empty
+        },
+        function=function,
+    )
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

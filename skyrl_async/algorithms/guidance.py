@@ -1,0 +1,67 @@
+"""When each method of the catalogue helps, in a few words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+WHEN_IT_HELPS: Mapping[str, str] = MappingProxyType(
+    {
+        "mean_centered": "a safe default for groups; rare failures get no outsized weight",
+        "grpo": "groups whose rewards differ in scale between tasks",
+        "rloo": "small groups: the baseline of a member leaves its own reward out",
+        "max_rl": "hard tasks with few successes, which it weighs most",
+        "optimal_off_policy_baseline": "very stale data, if gradient norms can be afforded",
+        "batch_normalized": "one scale for the whole batch, however the groups differ",
+        "reinforce_plus_plus": "no groups: the batch is the baseline",
+        "reinforce_plus_plus_baseline": "groups of one task, one scale for the batch",
+        "global_baseline": "groups of one trajectory",
+        "gae": "long replies with a critic that predicts well",
+        "length_adaptive_lambdas": "replies of very different lengths with a critic",
+        "turn_level_gae": "many short turns: credit per turn, not per token",
+        "skip_observation_gae": "long tool outputs between actions",
+        "vtrace": "a critic and stale data: corrects its targets, with bounded variance",
+        "retrace": "as vtrace, with longer traces for likely tokens",
+        "reinforce_plus_plus_returns": "a KL penalty without a critic, charged token by token",
+        "ppo_clip": "the default; with the importance weight it is decoupled PPO",
+        "dual_clip": "large negative advantages on tokens that became likely",
+        "cispo": "long replies whose rare, decisive tokens a clip would silence",
+        "sapo": "a clip without a hard edge",
+        "reinforce": "one optimizer step per batch, nothing to clip",
+        "kimi_squared_log": "a soft pull to the start of the step in place of a clip",
+        "gspo": "mixture-of-experts models, whose token ratios are noisy",
+        "gmpo": "outliers among token ratios",
+        "vespo": "batches trained many times over; weighs sequences smoothly",
+        "topr": "many failures among stale data: they are tapered, successes are kept",
+        "ppo_behavior": "an uncorrected baseline: clipping ties the policy to the old one",
+        "reinforce_is": "no proximal policy: one weight from behavior to current",
+        "aipo": "the same with a wide cap",
+        "dppo_tv": "probable tokens, whose ratios hide how much probability moves",
+        "dppo_kl": "the same, measured as a divergence",
+        "m2po": "data of many updates ago",
+        "double_sided": "asynchronous agents without groups or a proximal policy",
+        "topr_token": "topr for long sequences, whose product of ratios vanishes",
+        "token_weights": "the default correction: little variance, some bias",
+        "sequence_weights": "short sequences, where the unbiased product is affordable",
+        "geometric_weights": "long sequences, where it is not",
+        "normalize_weights": "keeping the size of the step independent of staleness",
+        "finite_mask": "engines that report NaN or infinity",
+        "token_mask": "engine and learner disagree on single tokens",
+        "sequence_mask": "the same on short sequences",
+        "geometric_mask": "the same on long ones, whatever their length",
+        "veto_mask": "one impossible token spoils its sequence",
+        "k2_mask": "a symmetric limit, in nats squared",
+        "k3_mask": "a limit in nats of divergence",
+        "opsm_mask": "stale failures push probability to nowhere in particular",
+        "interpolated_proximal": "saving the forward pass of the proximal policy",
+        "aggregation_weights": "long replies against short ones, easy prompts against hard ones",
+        "k1": "in rewards only",
+        "k2": "a loss term with the right gradient on-policy",
+        "k3": "a loss term that is never negative",
+        "unbiased_k3": "a loss term on stale data",
+        "kl_in_reward": "a critic or token-level returns",
+        "overlong_penalty": "replies that run into the length limit",
+        "clipped_value_loss": "several critic updates on the same targets",
+    }
+)
+"""Name -> circumstances; every name of the catalogue is here."""

@@ -1,0 +1,114 @@
+"""Which algorithm to train with: every choice in one record."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from skyrl_async.algorithms.aggregation import AggregationKind
+from skyrl_async.algorithms.composition import CorrectionSettings
+from skyrl_async.algorithms.policy_losses import ppo_clip
+from skyrl_async.algorithms.tokens import TokenLoss
+from skyrl_async.learner.critic import CriticSettings
+
+PolicyLossFunction = Callable[..., TokenLoss]
+"""``loss(tokens: LossTokens, **options) -> TokenLoss``."""
+
+KlEstimator = Literal["k1", "k2", "k3", "unbiased_k3"]
+
+VALUE_ESTIMATORS = ("gae", "length_adaptive_gae", "turn_level_gae", "vtrace", "retrace")
+"""Advantage estimators that need a critic."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KlSettings:
+    """The penalty for leaving the reference policy.
+
+    Attributes:
+        coefficient: 0 for none; then no reference policy is needed.
+        estimator: of the divergence from the reference, per token.
+        placement: added to the loss, or taken off the rewards (there always as k1).
+    """
+
+    coefficient: float = 0.0
+    estimator: KlEstimator = "k3"
+    placement: Literal["loss", "reward"] = "loss"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AlgorithmSettings:
+    """How advantages, weights, losses and denominators are made.
+
+    Attributes:
+        advantage: name of the estimator.
+        gamma: discount per token, or per turn.
+        gae_lambda: of the estimators with values.
+        length_adaptive_alpha: alpha of ``length_adaptive_gae``.
+        rho_cap: of ``vtrace``.
+        c_cap: of ``vtrace``.
+        whiten_advantages: to mean 0 and standard deviation 1 over the kept tokens of a minibatch.
+        overlong_buffer_tokens: length of the band below ``max_tokens`` in which the reward falls by
+            up to 1; 0 for none.
+        max_tokens: of a trajectory, for that band.
+        proximal: logprobs of the weights at the start of the step: ``recomputed`` by a forward
+            pass, or ``interpolated`` between behavior and current policy (an approximation).
+        correction: importance weights and masks.
+        loss: the policy loss.
+        loss_options: its keyword arguments.
+        aggregation: how token losses become one.
+        aggregation_length: L of ``constant``.
+        entropy_coefficient: of the entropy bonus.
+        kl: penalty for leaving the reference policy.
+        critic: None for no critic.
+        scale_rate_by_ess: multiply the learning rate by the root of the effective sample fraction.
+    """
+
+    advantage: str = "grpo"
+    gamma: float = 1.0
+    gae_lambda: float = 0.95
+    length_adaptive_alpha: float = 0.05
+    rho_cap: float = 1.0
+    c_cap: float = 1.0
+    whiten_advantages: bool = False
+    overlong_buffer_tokens: int = 0
+    max_tokens: int = 0
+    proximal: Literal["recomputed", "interpolated"] = "recomputed"
+    correction: CorrectionSettings = field(default_factory=CorrectionSettings)
+    loss: PolicyLossFunction = ppo_clip
+    loss_options: Mapping[str, Any] = field(default_factory=dict)
+    aggregation: AggregationKind = "token_mean"
+    aggregation_length: int | None = None
+    entropy_coefficient: float = 0.01
+    kl: KlSettings = KlSettings()
+    critic: CriticSettings | None = None
+    scale_rate_by_ess: bool = False
+
+    def __post_init__(self) -> None:
+        if self.needs_values and self.critic is None:
+            raise ValueError(f"advantage {self.advantage!r} needs a critic, and there is none")
+        if self.needs_whole_batch and self.proximal == "interpolated":
+            raise ValueError(
+                "interpolated proximal logprobs are known only when a token is trained; masks, "
+                "values and rewards need them before: set recomputed"
+            )
+
+    @property
+    def needs_values(self) -> bool:
+        """Whether the advantages need a critic."""
+        return self.advantage in VALUE_ESTIMATORS
+
+    @property
+    def kl_in_reward(self) -> bool:
+        """Whether rewards depend on the policy's logprobs."""
+        return self.kl.coefficient > 0 and self.kl.placement == "reward"
+
+    @property
+    def needs_whole_batch(self) -> bool:
+        """Whether logprobs of the whole minibatch come before its first backward pass."""
+        return (
+            self.needs_values
+            or self.correction.needs_whole_batch
+            or self.kl_in_reward
+            or self.scale_rate_by_ess
+        )

@@ -1,0 +1,151 @@
+r"""The training objective of one microbatch: every choice of algorithm meets here.
+
+.. math::
+
+    L = \sum_t a_t \big( w_t \, \ell_t - c_H H_t + c_{KL} \, \mathrm{KL}_t \big)
+
+``a`` are the shares of aggregation, ``w`` the importance weights, ``l`` the policy loss. Tokens
+that a correction rejects have no part in any of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from skyrl_async.algorithms import kl
+from skyrl_async.algorithms.composition import CorrectionSettings, correct
+from skyrl_async.algorithms.tokens import LossTokens
+from skyrl_async.learner.algorithm_settings import AlgorithmSettings, KlEstimator
+from skyrl_async.learner.logprobs import TokenOutputs
+from skyrl_async.learner.loss_batch import LossBatch
+from skyrl_async.learner.packing import Microbatch
+from skyrl_async.learner.targets import Targets
+
+MAX_LOG_RATIO = 10.0
+"""Of the current to the reference policy, in the estimators that exponentiate it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Objective:
+    """The value of one microbatch and what is worth knowing about its tokens.
+
+    Attributes:
+        total: scalar, this microbatch's part of the minibatch's objective.
+        sums: quantities summed over the kept tokens (``tokens`` counts them); no gradient.
+        largest_weight: importance weight before truncation; no gradient.
+    """
+
+    total: Tensor
+    sums: dict[str, Tensor]
+    largest_weight: Tensor
+
+
+def objective(
+    outputs: TokenOutputs,
+    microbatch: Microbatch,
+    batch: LossBatch,
+    targets: Targets,
+    *,
+    proximal_logprobs: Tensor,
+    settings: AlgorithmSettings,
+) -> Objective:
+    """Return the objective of one microbatch.
+
+    Args:
+        outputs: of the forward pass; carry the gradient.
+        microbatch: whose tokens they are.
+        batch: the minibatch that the microbatch is of.
+        targets: of that minibatch.
+        proximal_logprobs: ``[L]``, of the microbatch's tokens.
+        settings: what to minimize.
+    """
+    index = microbatch.index
+    behavior, advantages = batch.behavior_logprobs[index], targets.advantages[index]
+    _, ids = batch.sequence_ids[index].unique_consecutive(return_inverse=True)
+    num_sequences = int(ids[-1]) + 1 if len(ids) else 0
+    log_ratios = proximal_logprobs.detach() - behavior
+    correction = targets.correction
+    if correction is None:
+        correction = correct(
+            log_ratios,
+            advantages=advantages,
+            sequence_ids=ids,
+            num_sequences=num_sequences,
+            settings=settings.correction,
+        )
+        weights, kept = correction.weights, correction.mask
+    else:
+        weights, kept = correction.weights[index], correction.mask[index]
+    tokens = LossTokens(
+        current_logprobs=outputs.logprobs,
+        proximal_logprobs=proximal_logprobs.detach(),
+        behavior_logprobs=behavior,
+        advantages=advantages,
+        sequence_ids=ids,
+        num_sequences=num_sequences,
+    ).select(kept)
+    policy = settings.loss(tokens, **settings.loss_options)
+    share, entropy = targets.aggregation[index][kept], outputs.entropy[kept]
+    policy_loss = (share * weights[kept] * policy.loss).sum()
+    total = policy_loss - settings.entropy_coefficient * (share * entropy).sum()
+    divergence = torch.zeros_like(share)
+    if targets.reference_logprobs is not None:
+        reference = targets.reference_logprobs[index][kept]
+        divergence = _divergence(tokens, reference, estimator=settings.kl.estimator)
+        if settings.kl.placement == "loss":
+            total = total + settings.kl.coefficient * (share * divergence).sum()
+    # A rejected token must not hide that the policy itself is broken: 0 times NaN is NaN.
+    total = total + 0.0 * outputs.logprobs.detach().sum()
+    return Objective(
+        total=total,
+        sums={
+            **_ratio_sums(log_ratios, weights, kept, settings.correction),
+            "loss": policy_loss.detach(),
+            "entropy": entropy.detach().sum(),
+            "clipped": policy.clipped.sum(),
+            "kl_reference": divergence.detach().sum(),
+        },
+        largest_weight=_largest(log_ratios),
+    )
+
+
+def _divergence(tokens: LossTokens, reference: Tensor, *, estimator: KlEstimator) -> Tensor:
+    """Return ``[T]``: the estimate of the divergence from the reference policy."""
+    log_ratios = tokens.current_logprobs - reference
+    match estimator:
+        case "k1":
+            return kl.k1(log_ratios)
+        case "k2":
+            return kl.k2(log_ratios)
+        case "k3":
+            return kl.k3(log_ratios, clamp=MAX_LOG_RATIO)
+        case "unbiased_k3":
+            to_behavior = tokens.current_logprobs - tokens.behavior_logprobs
+            return kl.unbiased_k3(
+                log_ratios, log_ratios_to_behavior=to_behavior, clamp=MAX_LOG_RATIO
+            )
+
+
+def _largest(log_ratios: Tensor) -> Tensor:
+    return log_ratios.max().exp() if log_ratios.numel() else log_ratios.new_zeros(())
+
+
+def _ratio_sums(
+    log_ratios: Tensor, weights: Tensor, kept: Tensor, settings: CorrectionSettings
+) -> dict[str, Tensor]:
+    """Return sums over the kept tokens that say how far the data is from the policy."""
+    finite = log_ratios[log_ratios.isfinite()]
+    ratios = log_ratios[kept].exp()
+    # Without a weight in the loss, its effective sample size still says how much is off-policy.
+    used = ratios if settings.weight == "none" else weights[kept]
+    return {
+        "tokens": kept.sum(),
+        "masked": (~kept).sum(),
+        "importance_weight": used.sum(),
+        "importance_weight_squared": used.square().sum(),
+        "importance_weight_capped": (ratios > settings.weight_cap).sum(),
+        "kl_behavior": (finite.expm1() - finite).sum(),
+    }

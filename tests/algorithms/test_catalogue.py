@@ -1,0 +1,137 @@
+import json
+from pathlib import Path
+
+import pytest
+
+import skyrl_async.algorithms.__main__ as catalogue_command
+from skyrl_async.algorithms import advantages
+from skyrl_async.algorithms.__main__ import as_json, as_markdown, main
+from skyrl_async.algorithms.catalogue import check_loss, entries, find_loss, losses
+from skyrl_async.config_algorithm import ADVANTAGES, BEHAVIOR_LOSSES, PROXIMAL_LOSSES
+from skyrl_async.config_loading import PRESETS, ConfigError, load_config
+from skyrl_async.learner.algorithm_settings import VALUE_ESTIMATORS
+from skyrl_async.runtime.settings import algorithm_settings
+
+PRESET_NAMES = sorted(p.stem for p in PRESETS.glob("*.yaml"))
+
+
+def test_every_entry_has_an_equation_or_a_summary_and_a_source():
+    for entry in entries():
+        assert entry.summary.endswith("."), entry.name
+        assert entry.source, entry.name
+        if entry.kind == "loss":
+            assert entry.equation, entry.name
+
+
+def test_every_entry_has_tests_and_a_word_on_when_it_helps():
+    for entry in entries():
+        files = catalogue_command.test_files(entry)
+        tests = "".join((Path(__file__).parent / name).read_text() for name in files)
+        assert entry.name in tests, f"{entry.name} is not in {files}"
+        assert entry.when, entry.name
+
+
+def test_the_page_of_algorithms_has_the_present_table():
+    page = Path(__file__).parents[2] / "docs" / "algorithms.md"
+    assert as_markdown(list(entries())) in page.read_text()
+
+
+def test_names_are_unique():
+    names = [entry.name for entry in entries()]
+    assert len(names) == len(set(names))
+
+
+def test_the_configuration_knows_exactly_the_losses_that_there_are_and_their_ratio():
+    assert set(losses()) == {*PROXIMAL_LOSSES, *BEHAVIOR_LOSSES}
+    for name, function in losses().items():
+        ratios = ("proximal", "none") if name in PROXIMAL_LOSSES else ("behavior",)
+        doc = function.__doc__ or ""
+        assert any(f"Ratio: {ratio}" in doc for ratio in ratios), name
+
+
+def test_the_configuration_knows_exactly_the_estimators_that_there_are():
+    for name in ADVANTAGES:
+        if name in VALUE_ESTIMATORS:
+            continue
+        assert len(advantages.estimate(name, [0.0, 1.0, 1.0, 0.0], [0, 0, 1, 1])) == 4
+    assert set(VALUE_ESTIMATORS) < set(ADVANTAGES)
+
+
+def test_the_command_line_prints_every_entry(capsys):
+    names = [entry.name for entry in entries()]
+    main(["--json"])
+    assert [e["name"] for e in json.loads(capsys.readouterr().out)] == names
+    main([])
+    text = capsys.readouterr().out
+    main(["--markdown"])
+    table = capsys.readouterr().out
+    assert all(f"{name}  (" in text and f"| `{name}` |" in table for name in names)
+    assert all(as_json(entry)["defaults"] is not None for entry in entries())
+
+
+@pytest.mark.parametrize("name", PRESET_NAMES)
+def test_every_preset_is_a_valid_configuration_with_a_loss_that_takes_its_options(name):
+    config = load_config(None, [f"algorithm={name}", "staleness.max=8"])
+    check_loss(config.algorithm.loss, config.algorithm.loss_options)
+    settings = algorithm_settings(config)
+    assert settings.loss is find_loss(config.algorithm.loss)
+    text = (PRESETS / f"{name}.yaml").read_text()
+    assert text.startswith("# ")
+
+
+def test_a_later_override_wins_over_a_preset():
+    config = load_config(None, ["algorithm=dapo", "algorithm.loss_options.clip_high=0.5"])
+    assert config.algorithm.loss_options == {"clip_low": 0.2, "clip_high": 0.5}
+    assert config.filters.zero_variance
+
+
+def test_a_file_can_name_a_preset(tmp_path: Path):
+    file = tmp_path / "run.yaml"
+    file.write_text("algorithm: gspo\nstaleness: {max: 4}\n")
+    assert load_config(file).algorithm.loss == "gspo"
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("algorithm=gsspo", "no such preset; did you mean gspo?"),
+        ("algorithm.loss=ppo_clp", "did you mean ppo_clip?"),
+        ("algorithm.advantage=gae", "set critic.kind=model or head"),
+        ("critic.kind=head", "no estimator uses the values"),
+        ("algorithm.aggregation=constant", "set both or neither"),
+        ("algorithm.loss=ppo_behavior", "algorithm.allow_uncorrected=true"),
+        ("correction.weight=none", "without any off-policy correction"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_the_remedy(override, words):
+    with pytest.raises(ConfigError, match=words.replace("?", r"\?")):
+        load_config(None, [override, "staleness.max=2"])
+
+
+def test_a_behavior_loss_with_a_weight_would_correct_twice():
+    with pytest.raises(ConfigError, match="count twice"):
+        load_config(None, ["algorithm.loss=aipo", "correction.weight=token"])
+    assert load_config(None, ["algorithm.loss=aipo"]).correction.weight == "auto"
+
+
+def test_uncorrected_training_needs_consent_only_where_tokens_can_be_stale():
+    load_config(None, ["correction.weight=none", "staleness.max=0"])
+    load_config(None, ["correction.weight=none", "algorithm.allow_uncorrected=true"])
+
+
+def test_interpolated_proximal_logprobs_come_too_late_for_masks():
+    with pytest.raises(ConfigError, match=r"correction.token_high=2.*proximal=recomputed"):
+        load_config(None, ["algorithm.proximal=interpolated", "correction.token_high=2"])
+
+
+def test_options_that_a_loss_does_not_have_are_refused():
+    with pytest.raises(ValueError, match=r"clip_lw=0.1: unknown option; did you mean clip_low\?"):
+        check_loss("ppo_clip", {"clip_lw": 0.1})
+    with pytest.raises(ValueError, match="must be a number"):
+        check_loss("ppo_clip", {"clip_low": "much"})
+
+
+def test_a_loss_of_ones_own_is_found_by_module_and_name():
+    assert find_loss("skyrl_async.algorithms.policy_losses:sapo") is losses()["sapo"]
+    with pytest.raises(ValueError, match="cannot be imported"):
+        find_loss("no_such_module:loss")
