@@ -92,7 +92,8 @@ class CollapseGuard:
         decision = guard.observe(metrics_of_the_step)
 
     A sign must be there for ``patience_steps`` in a row; then comes the next action of the list,
-    and the count begins anew. Ten times as many healthy steps begin the list anew.
+    and the count begins anew. After a rollback the list goes on with ``tighten``; ten times as many
+    healthy steps as ``patience_steps`` begin it anew.
 
     Args:
         settings: limits.
@@ -122,9 +123,11 @@ class CollapseGuard:
         if self._bad_steps < patience:
             return GuardDecision()
         self._bad_steps = 0
-        self._level = min(self._level + 1, GuardAction.ROLLBACK)
+        self._level += 1
         action = GuardAction(self._level)
         if action is GuardAction.ROLLBACK:
+            # What made the old weights collapse would do it again: tighten and lower further.
+            self._level = GuardAction.WARN
             self._reward = None
         return GuardDecision(action=action, cause="; ".join(found))
 
