@@ -110,8 +110,8 @@ class RolloutSection(Section):
 
     num_actors: int = Field(default=1, ge=1)
     """Rollout actors; each has its own engine if engine.kind is embedded."""
-    group_size: int = Field(default=16, ge=2)
-    """Trajectories per task."""
+    group_size: int = Field(default=16, ge=1)
+    """Trajectories per task; 1 needs an estimator that compares no members."""
     max_groups_per_actor: int = Field(default=1024, ge=1)
     """Groups that one actor plays at once."""
 
@@ -297,6 +297,7 @@ class Config(Section):
             *self._sglang_problems(),
             *algorithm_problems(
                 self.algorithm,
+                group_size=self.rollout.group_size,
                 correction=self.correction,
                 kl=self.kl,
                 critic=self.critic,

@@ -23,12 +23,16 @@ Advantage = Literal[
     "reinforce_plus_plus",
     "reinforce_plus_plus_baseline",
     "global_baseline",
+    "optimal_off_policy_baseline",
     "gae",
     "length_adaptive_gae",
     "turn_level_gae",
     "vtrace",
     "retrace",
 ]
+
+GROUP_ESTIMATORS = ("grpo", "mean_centered", "rloo", "max_rl", "optimal_off_policy_baseline")
+"""Advantage estimators that compare the members of a group, and so need several."""
 
 VALUE_ESTIMATORS = ("gae", "length_adaptive_gae", "turn_level_gae", "vtrace", "retrace")
 """Advantage estimators that need a critic."""
@@ -195,6 +199,7 @@ class GuardSection(Section):
 def algorithm_problems(
     algorithm: AlgorithmSection,
     *,
+    group_size: int,
     correction: CorrectionSection,
     kl: KlSection,
     critic: CriticSection,
@@ -203,6 +208,12 @@ def algorithm_problems(
 ) -> Iterator[str]:
     """Yield a line for each set of values that cannot work together."""
     yield from _loss_problems(algorithm, correction, max_staleness)
+    if group_size < 2 and algorithm.advantage in GROUP_ESTIMATORS:
+        yield (
+            f"rollout.group_size={group_size}, algorithm.advantage={algorithm.advantage}: it "
+            "compares the members of a group; set rollout.group_size to 2 or more, or "
+            "algorithm.advantage=global_baseline"
+        )
     yield from _critic_problems(algorithm, critic)
     yield from _proximal_problems(algorithm, correction, kl, critic)
     if (algorithm.aggregation == "constant") != (algorithm.aggregation_length is not None):

@@ -158,6 +158,9 @@ class Sampling:
 class Generation:
     """What an engine returned for one request; three arrays of one length ``T`` (0 is possible).
 
+    ``routed_experts`` and ``sampling_masks`` are what routing replay and sampling-mask replay need;
+    no engine fills them yet.
+
     Raises:
         ValueError: on unequal lengths, logprobs that are not finite or above 0, negative or
             decreasing policy versions.
@@ -168,6 +171,10 @@ class Generation:
     policy_versions: Int32Array
     temperature: float
     finish_reason: FinishReason
+    routed_experts: NDArray[np.int16] | None = None
+    """``[T, layers, experts per token]``, the experts that computed each token."""
+    sampling_masks: tuple[Int32Array, ...] | None = None
+    """For each token the ids that top-p and top-k left to sample from."""
 
     def __post_init__(self) -> None:
         set_ = object.__setattr__
@@ -180,6 +187,13 @@ class Generation:
                 f"token_ids, logprobs, policy_versions differ in length: {lengths}; "
                 "an engine must report all three for every token"
             )
+        for name in ("routed_experts", "sampling_masks"):
+            recorded = getattr(self, name)
+            if recorded is not None and len(recorded) != lengths[0]:
+                raise ValueError(
+                    f"{name} has {len(recorded)} entries for {lengths[0]} tokens; one for each, or "
+                    "None"
+                )
         if lengths[0]:
             # max() is NaN when any value is NaN, so one comparison finds NaN, +inf and > 0.
             if not (self.logprobs.max() <= 1e-4 and self.logprobs.min() > -math.inf):

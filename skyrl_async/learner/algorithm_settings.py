@@ -99,6 +99,11 @@ class AlgorithmSettings:
         return self.advantage in VALUE_ESTIMATORS
 
     @property
+    def needs_gradient_norms(self) -> bool:
+        """Whether the advantages need the gradient of every trajectory."""
+        return self.advantage == "optimal_off_policy_baseline"
+
+    @property
     def kl_in_reward(self) -> bool:
         """Whether rewards depend on the policy's logprobs."""
         return self.kl.coefficient > 0 and self.kl.placement == "reward"

@@ -21,6 +21,7 @@ from skyrl_async.learner.critic import Critic
 from skyrl_async.learner.logprobs import TokenOutputs, token_logprobs, token_outputs
 from skyrl_async.learner.loss_batch import LossBatch, gathered
 from skyrl_async.learner.objective import objective
+from skyrl_async.learner.off_policy_baseline import with_off_policy_baseline
 from skyrl_async.learner.packing import Microbatch, first_loss_indices, pack, split_evenly
 from skyrl_async.learner.rank_group import RankGroup
 from skyrl_async.learner.sequences import make_sequences
@@ -200,14 +201,22 @@ class Learner:
 
     def _minibatches(self, batch: SampledBatch) -> list[_Minibatch]:
         algorithm = self._settings.algorithm
-        # Estimators with values replace what this gives, which then is not used.
-        name = "mean_centered" if algorithm.needs_values else algorithm.advantage
+        # What needs values or gradients replaces what this gives.
+        later = algorithm.needs_values or algorithm.needs_gradient_norms
+        name = "mean_centered" if later else algorithm.advantage
         sequences = make_sequences(
             batch.groups,
             advantage=partial(estimate, name),
             overlong_buffer_tokens=algorithm.overlong_buffer_tokens,
             max_tokens=algorithm.max_tokens,
         )
+        if algorithm.needs_gradient_norms:
+            sequences = with_off_policy_baseline(
+                sequences,
+                self.model,
+                ranks=self._ranks,
+                weight_cap=algorithm.correction.weight_cap,
+            )
         generator = np.random.default_rng([self._settings.seed, self.policy_version])
         order = generator.permutation(len(sequences))
         chunks = np.array_split(order, self._settings.num_minibatches)

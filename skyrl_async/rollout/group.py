@@ -8,9 +8,6 @@ from collections.abc import Awaitable, Callable
 from skyrl_async.environments.base import EnvironmentFailure
 from skyrl_async.types import Assignment, DroppedGroup, DropReason, Trajectory, TrajectoryGroup
 
-MIN_MEMBERS = 2
-"""A group-relative advantage of fewer trajectories is always 0."""
-
 
 async def play_group(
     assignment: Assignment,
@@ -26,10 +23,12 @@ async def play_group(
         play_member: plays one member, given its number; raises ``EnvironmentFailure`` if it fails.
 
     Raises:
-        ValueError: if the group is too small for a group-relative advantage.
+        ValueError: if the group would have no member.
     """
-    if group_size < MIN_MEMBERS:
-        raise ValueError(f"rollout.group_size={group_size} must be >= {MIN_MEMBERS}")
+    if group_size < 1:
+        raise ValueError(f"rollout.group_size={group_size} must be >= 1")
+    # A group-relative advantage of one trajectory is always 0.
+    min_members = min(group_size, 2)
     results = await asyncio.gather(
         *(play_member(assignment, member) for member in range(group_size)), return_exceptions=True
     )
@@ -43,7 +42,7 @@ async def play_group(
         else:
             trajectories.append(result)
     reasons = tuple(failure.reason for failure in failures)
-    if len(trajectories) < MIN_MEMBERS:
+    if len(trajectories) < min_members:
         return DroppedGroup(
             group_id=assignment.group_id,
             reason=reasons[0] if len(set(reasons)) == 1 else DropReason.TOO_FEW_MEMBERS,

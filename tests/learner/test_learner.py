@@ -1,5 +1,6 @@
 import copy
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -7,10 +8,14 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
+from skyrl_async.algorithms.advantages import estimate
 from skyrl_async.algorithms.composition import CorrectionSettings
 from skyrl_async.learner.algorithm_settings import AlgorithmSettings, KlSettings
+from skyrl_async.learner.critic import CriticSettings
 from skyrl_async.learner.learner import Learner, LearnerSettings
+from skyrl_async.learner.off_policy_baseline import with_off_policy_baseline
 from skyrl_async.learner.rank_group import RankGroup
+from skyrl_async.learner.sequences import make_sequences
 from skyrl_async.learner.tiny_policy import build_tiny_model
 from skyrl_async.types import SampledBatch, SampledGroup, TrajectoryGroup
 from tests.records import make_trajectory, make_turn, random_batch
@@ -179,11 +184,27 @@ def test_warmup_scales_the_learning_rate():
     assert rates == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
 
 
-def _train_rank(rank: int, num_ranks: int, port: int, dtype: str, folder: str) -> None:
+ALGORITHMS = {
+    "plain": AlgorithmSettings(),
+    "masks": AlgorithmSettings(
+        correction=CorrectionSettings(token_mask=(0.9, 1.1), normalize_weights=True),
+        aggregation="sequence_mean",
+    ),
+    "critic": AlgorithmSettings(advantage="vtrace", critic=CriticSettings(kind="model")),
+    "gradient norms": AlgorithmSettings(
+        advantage="optimal_off_policy_baseline", scale_rate_by_ess=True
+    ),
+}
+
+
+def _train_rank(
+    rank: int, num_ranks: int, port: int, dtype: str, folder: str, algorithm: str = "plain"
+) -> None:
     torch.set_num_threads(1)
     ranks = RankGroup(rank=rank, num_ranks=num_ranks, store_address=("127.0.0.1", port))
     model = build_tiny_model(hidden_size=16, num_heads=2).to(getattr(torch, dtype))
-    learner = Learner(model, LearnerSettings(max_grad_norm=1e9), ranks=ranks)
+    settings = LearnerSettings(algorithm=ALGORITHMS[algorithm], max_grad_norm=1e9)
+    learner = Learner(model, settings, ranks=ranks)
     gradients = []
     step = learner._optimizer.step
 
@@ -199,12 +220,18 @@ def _train_rank(rank: int, num_ranks: int, port: int, dtype: str, folder: str) -
     ranks.close()
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float64", 1e-10)])
-def test_two_ranks_have_the_gradient_of_one(tmp_path: Path, free_port, dtype, tolerance):
-    _train_rank(0, 1, 0, dtype, str(tmp_path))
+@pytest.mark.parametrize(
+    ("algorithm", "dtype", "tolerance"),
+    [("plain", "float32", 1e-5), *((name, "float64", 1e-10) for name in ALGORITHMS)],
+)
+def test_two_ranks_have_the_gradient_of_one(tmp_path: Path, free_port, algorithm, dtype, tolerance):
+    _train_rank(0, 1, 0, dtype, str(tmp_path), algorithm)
     alone, metrics_alone, counts_alone = torch.load(tmp_path / "0.pt")
     mp.start_processes(
-        _train_rank, args=(2, free_port, dtype, str(tmp_path)), nprocs=2, start_method="fork"
+        _train_rank,
+        args=(2, free_port, dtype, str(tmp_path), algorithm),
+        nprocs=2,
+        start_method="fork",
     )
     for rank in range(2):
         gradients, metrics, counts = torch.load(tmp_path / f"{rank}.pt")
@@ -269,3 +296,30 @@ def test_a_divergence_from_the_reference_is_measured_and_held_back():
     assert distance(held) < distance(free)
     with pytest.raises(ValueError, match="needs a reference policy"):
         small_learner(algorithm=algorithm)
+
+
+def test_the_off_policy_baseline_uses_the_gradient_norm_of_every_trajectory():
+    """Against the literal sum over the members of a group, each differentiated alone."""
+    batch = random_batch(3, train_version=0, num_groups=2, group_size=3)
+    model = build_tiny_model(hidden_size=16, num_heads=2).double()
+    sequences = make_sequences(batch.groups, advantage=partial(estimate, "mean_centered"))
+    found = with_off_policy_baseline(sequences, model, ranks=RankGroup(), weight_cap=3.0)
+    for sampled in batch.groups:
+        members = sampled.group.trajectories
+        shares = []
+        for trajectory in members:
+            model.zero_grad()
+            ids = torch.from_numpy(trajectory.token_ids.astype(np.int64))
+            logprobs = model(input_ids=ids[None]).logits[0].log_softmax(-1)
+            where = np.flatnonzero(trajectory.sampled)
+            total = sum(logprobs[t - 1, ids[t]] for t in where)
+            total.backward()
+            norm = sum(p.grad.square().sum().item() for p in model.parameters())
+            weight = min(math.exp(total.item() - trajectory.behavior_logprobs[where].sum()), 3.0)
+            shares.append(weight**2 * norm)
+        baseline = sum(s * t.reward for s, t in zip(shares, members, strict=True)) / sum(shares)
+        own = [s for s in found if s.group_id == sampled.group.group_id]
+        for sequence, trajectory in zip(own, members, strict=True):
+            expected = trajectory.reward - baseline
+            assert sequence.advantages[sequence.loss_mask] == pytest.approx(expected, abs=1e-4)
+            assert not sequence.advantages[~sequence.loss_mask].any()
