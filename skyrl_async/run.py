@@ -16,8 +16,6 @@ from skyrl_async.coordination.admission import Admission
 from skyrl_async.coordination.coordinator import (
     Coordinator,
     CoordinatorSettings,
-    LearnerGroup,
-    RolloutWorker,
 )
 from skyrl_async.coordination.engine_fleet import EngineWorker
 from skyrl_async.coordination.filters import FilterSettings
@@ -25,6 +23,7 @@ from skyrl_async.coordination.guard import CollapseGuard, GuardSettings
 from skyrl_async.coordination.ledger import GroupLedger
 from skyrl_async.coordination.run_metrics import RunMetrics
 from skyrl_async.coordination.staleness import StalenessRule
+from skyrl_async.coordination.workers import LearnerGroup, RolloutWorker
 from skyrl_async.environments.tasks import TaskSource, heldout_tasks
 from skyrl_async.metrics.console import ConsoleSink
 from skyrl_async.metrics.recorder import Recorder, Sink

@@ -20,7 +20,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from skyrl_async.coordination.deadlines import Deadline
 from skyrl_async.coordination.engine_fleet import EngineFleet, EngineWorker, FleetSettings
@@ -28,11 +28,11 @@ from skyrl_async.coordination.filters import FilterSettings, GroupFilter
 from skyrl_async.coordination.guard import CollapseGuard, GuardedTraining
 from skyrl_async.coordination.ledger import GroupLedger
 from skyrl_async.coordination.run_metrics import Progress, RunMetrics
+from skyrl_async.coordination.workers import LearnerGroup, RolloutWorker, Tasks
 from skyrl_async.types import (
     Assignment,
     DroppedGroup,
     DropReason,
-    EvaluationResult,
     RolloutReport,
     SampledBatch,
     StepResult,
@@ -44,68 +44,6 @@ logger = logging.getLogger(__name__)
 
 MAX_SKIPPED_STEPS = 10
 """Consecutive learner steps without a finite gradient after which the run gives up."""
-
-
-class Tasks(Protocol):
-    """An endless stream of training tasks."""
-
-    def next(self) -> Task:
-        """Return the next task."""
-        ...
-
-
-class RolloutWorker(Protocol):
-    """One rollout actor, wherever it runs."""
-
-    async def submit(self, assignments: Sequence[Assignment]) -> None:
-        """Start to play."""
-        ...
-
-    async def poll(self, *, wait_s: float) -> RolloutReport:
-        """Return what happened since the last report, at the latest after ``wait_s``."""
-        ...
-
-    async def evaluate(
-        self, tasks: Sequence[Task], *, endpoint: Any | None = None
-    ) -> EvaluationResult:
-        """Play greedily with the weights that its engine, or the one at ``endpoint``, has now."""
-        ...
-
-    async def set_engines(self, endpoints: Sequence[Any]) -> None:
-        """Play with these engines from now on; only where engines are workers of their own."""
-        ...
-
-
-class LearnerGroup(Protocol):
-    """All learner ranks, as one."""
-
-    async def step(self, batch: SampledBatch) -> StepResult:
-        """Train on a batch, and start to publish what it made."""
-        ...
-
-    async def remember(self) -> None:
-        """See :class:`skyrl_async.coordination.guard.RevertibleLearner`."""
-        ...
-
-    async def roll_back(self) -> int:
-        """See :class:`skyrl_async.coordination.guard.RevertibleLearner`."""
-        ...
-
-    async def scale_rate(self, factor: float) -> None:
-        """See :class:`skyrl_async.coordination.guard.RevertibleLearner`."""
-        ...
-
-    async def open_pair(self, engine_id: str) -> Any:
-        """See :class:`skyrl_async.coordination.engine_fleet.Publishing`."""
-        ...
-
-    async def close_pair(self, engine_id: str) -> None:
-        """See :class:`skyrl_async.coordination.engine_fleet.Publishing`."""
-        ...
-
-    async def publish_newest(self) -> None:
-        """See :class:`skyrl_async.coordination.engine_fleet.Publishing`."""
-        ...
 
 
 class WorkerFailed(Exception):

@@ -17,6 +17,7 @@ from tests.runtime.launch import (
     start,
     wait_until,
 )
+from tests.weight_sync.real_server import restored
 
 pytest_plugins = ("tests.sglang_server",)
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(400)]
@@ -161,21 +162,22 @@ def test_a_stopped_server_is_taken_out_and_the_other_goes_on(tmp_path, sglang_py
     wait_until(lambda: not processes_of(folder), timeout_s=15, what="all processes ended")
 
 
-def test_trains_with_a_server_that_somebody_else_runs(tmp_path, sglang_server, monkeypatch):
+def test_trains_with_a_server_that_somebody_else_runs(tmp_path, sglang_server, tiny_model_folder):
     folder = tmp_path / "run"
-    process = start_served(
-        folder,
-        Path("null"),
-        *("runtime=local", "run.steps=3", "engine.python=null", "evaluation.num_tasks=4"),
-        f'engine.urls=["{sglang_server.url}"]',
-        "engine.api_key_env=OUR_API_KEY",
-        "engine.admin_key_env=OUR_ADMIN_KEY",
-        "model.hidden_size=64",
-        "model.num_heads=4",
-        OUR_API_KEY=sglang_server.api_key,
-        OUR_ADMIN_KEY=sglang_server.admin_key,
-    )
-    summary = finish(process, folder, timeout_s=200)
+    with restored(sglang_server, tiny_model_folder):
+        process = start_served(
+            folder,
+            Path("null"),
+            *("runtime=local", "run.steps=3", "engine.python=null", "evaluation.num_tasks=4"),
+            f'engine.urls=["{sglang_server.url}"]',
+            "engine.api_key_env=OUR_API_KEY",
+            "engine.admin_key_env=OUR_ADMIN_KEY",
+            "model.hidden_size=64",
+            "model.num_heads=4",
+            OUR_API_KEY=sglang_server.api_key,
+            OUR_ADMIN_KEY=sglang_server.admin_key,
+        )
+        summary = finish(process, folder, timeout_s=200)
 
     assert (summary["status"], summary["exit_code"]) == ("finished", 0), output_of(folder)
     assert summary["steps"] == 3 and summary["failed_members"] == {}
