@@ -26,7 +26,7 @@ from report import finish, parse_args
 from skyrl_async.config_loading import PRESETS
 
 ROOT = Path(__file__).resolve().parents[1]
-STALENESS, STEPS, RATE = 8, 240, 1e-3
+STALENESS, STEPS, RATE = 8, 200, 1e-3
 REWARD = 0.95
 QUICK = ("dapo", "gspo")
 
