@@ -16,6 +16,7 @@ from skyrl_async.algorithms.returns import (
     Returns,
     gae,
     length_adaptive_lambdas,
+    reinforce_plus_plus_returns,
     retrace,
     turn_level_gae,
     vtrace,
@@ -121,22 +122,24 @@ def _advantages(
     values: Tensor | None,
 ) -> tuple[Tensor, Returns | None]:
     """Return advantages ``[T]``, and what the critic learns from if there is one."""
-    penalty = None
+    kl = None
     if settings.kl_in_reward:
         proximal = _needed(proximal_logprobs, "proximal logprobs")
-        reference = _needed(reference_logprobs, "reference logprobs")
-        penalty = settings.kl.coefficient * (proximal - reference)
+        kl = proximal - _needed(reference_logprobs, "reference logprobs")
     if not settings.needs_values:
-        if penalty is None:
+        if kl is None:
             return batch.advantages, None
-        # As if each trajectory's own reward-to-go were lower by what its tokens cost.
-        to_go = gae(
-            -penalty, torch.zeros_like(penalty), batch.sequence_ids, gamma=settings.gamma, lam=1.0
-        ).advantages
+        to_go = reinforce_plus_plus_returns(
+            torch.zeros_like(kl),
+            kl,
+            batch.sequence_ids,
+            beta=settings.kl.coefficient,
+            gamma=settings.gamma,
+        )
         return batch.advantages + _centered_by_prompt(to_go, batch), None
     rewards = batch.token_rewards()
-    if penalty is not None:
-        rewards = rewards - penalty
+    if kl is not None:
+        rewards = rewards - settings.kl.coefficient * kl
     returns = _returns(batch, settings, rewards, _needed(values, "values"), proximal_logprobs)
     return returns.advantages, returns
 
