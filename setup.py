@@ -22,6 +22,7 @@ setup(
         "rich>=13",
         "safetensors>=0.5",
         "transformers>=5,<6",
+        "accelerate>=1",
     ],
     extras_require={
         "flash-attn": ["flash-attn"],
@@ -36,6 +37,7 @@ setup(
             "ruff",
             "mypy",
             "types-PyYAML",
+            "peft>=0.18",
         ],
     },
 )

@@ -20,7 +20,12 @@ from skyrl_async.config_algorithm import (
     KlSection,
     algorithm_problems,
 )
+from skyrl_async.config_distillation import DistillationSection, distillation_problems
+from skyrl_async.config_learner import LearnerSection, learner_problems
+from skyrl_async.config_lora import LoraSection, lora_problems
+from skyrl_async.config_optimizer import OptimizerSection, optimizer_problems
 from skyrl_async.config_section import Section, Texts
+from skyrl_async.config_sft import SftSection
 from skyrl_async.types import BYTES_PER_TOKEN, RECORD_OVERHEAD_BYTES
 
 
@@ -30,13 +35,28 @@ class RunSection(Section):
     name: str = Field(default="number_guess", pattern=r"^[A-Za-z0-9._-]+$")
     """Name of the run; its folder is runs/<name>-<time> unless run.dir says otherwise."""
     dir: str | None = None
-    """Folder of the run; one that holds a run already is refused."""
+    """Folder of the run; one that holds a run already is refused, unless that is resumed."""
+    resume: str = "never"
+    """never; auto: go on in run.dir if a run is there; or a run or checkpoint to go on from."""
     steps: int = Field(default=240, ge=1)
     """Learner steps to train."""
     max_seconds: float | None = Field(default=None, gt=0)
     """Stop after this many seconds of training, whichever comes first."""
     stop_at_eval_reward: float | None = None
     """Stop when an evaluation reaches this mean reward."""
+
+
+class CheckpointSection(Section):
+    """What is kept, so that a run can go on after its process has ended."""
+
+    every_steps: int = Field(default=100, ge=0)
+    """Learner steps between checkpoints; there is one more at the end. 0 writes none."""
+    keep: int = Field(default=2, ge=1)
+    """Newest checkpoints that are kept."""
+    timeout_s: float = Field(default=600, gt=0)
+    """A checkpoint that takes longer to write ends the run."""
+    interrupt_timeout_s: float = Field(default=2, ge=0)
+    """Time that an interrupted run has to end its step and write a checkpoint; 0 writes none."""
 
 
 class ClusterSection(Section):
@@ -46,6 +66,8 @@ class ClusterSection(Section):
     """Address of a running Ray cluster, or auto; without it a local one is started."""
     learner_cpus: float = Field(default=1, ge=0)
     """CPUs that Ray reserves for each learner rank."""
+    learner_gpus: float = Field(default=1, ge=0)
+    """GPUs that Ray reserves for each learner rank with learner.device=cuda."""
     actor_cpus: float = Field(default=1, ge=0)
     """CPUs that Ray reserves for each rollout actor."""
     engine_cpus: float = Field(default=1, ge=0)
@@ -134,9 +156,9 @@ class EngineSection(Section):
     python: str | None = None
     """Interpreter of the environment that has SGLang."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """What SGLang computes on."""
+    """What the engine computes on."""
     gpus_per_engine: float = Field(default=0, ge=0)
-    """GPUs that Ray reserves for each SGLang server."""
+    """GPUs that Ray reserves for each SGLang server, or each rollout actor with its own engine."""
     max_total_tokens: int | None = Field(default=None, ge=1)
     """Tokens of a server's KV cache; without it, what max_concurrent sequences can need."""
     sglang_args: Texts = ()
@@ -181,44 +203,6 @@ class ReplaySection(Section):
     """Learner steps that may use one group."""
 
 
-class OptimizerSection(Section):
-    """AdamW."""
-
-    learning_rate: float = Field(default=2e-3, gt=0)
-    """Constant after warm-up."""
-    warmup_steps: int = Field(default=0, ge=0)
-    """Optimizer steps of linear warm-up."""
-    beta1: float = Field(default=0.9, ge=0, lt=1)
-    """Decay of the first moment."""
-    beta2: float = Field(default=0.95, ge=0, lt=1)
-    """Decay of the second moment."""
-    eps: float = Field(default=1e-8, gt=0)
-    """Added to the root of the second moment."""
-    weight_decay: float = Field(default=0.0, ge=0)
-    """Decoupled weight decay."""
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    """Gradients are scaled down to this norm."""
-
-
-class LearnerSection(Section):
-    """The learner group."""
-
-    num_ranks: int = Field(default=1, ge=1)
-    """Processes that share each batch; more than one needs runtime=ray."""
-    groups_per_step: int = Field(default=16, ge=1)
-    """Groups in the batch of one learner step."""
-    num_minibatches: int = Field(default=2, ge=1)
-    """Optimizer steps per pass over the batch."""
-    num_epochs: int = Field(default=1, ge=1)
-    """Passes over the batch."""
-    tokens_per_microbatch: int = Field(default=8192, ge=1)
-    """Tokens of one forward and backward pass."""
-    num_threads: int = Field(default=1, ge=1)
-    """Torch threads of a learner rank."""
-    step_timeout_s: float = Field(default=600, gt=0)
-    """A learner step that takes longer ends the run."""
-
-
 class WeightSyncSection(Section):
     """How new weights reach the engines."""
 
@@ -260,6 +244,7 @@ class Config(Section):
     runtime: Literal["ray", "local"] = "ray"
     """ray: workers are Ray actors; local: everything in this process, Ray is not imported."""
     run: RunSection = RunSection()
+    checkpoint: CheckpointSection = CheckpointSection()
     cluster: ClusterSection = ClusterSection()
     model: ModelSection = ModelSection()
     environment: EnvironmentSection = EnvironmentSection()
@@ -271,13 +256,16 @@ class Config(Section):
     algorithm: AlgorithmSection = AlgorithmSection()
     correction: CorrectionSection = CorrectionSection()
     kl: KlSection = KlSection()
+    distillation: DistillationSection = DistillationSection()
     critic: CriticSection = CriticSection()
     filters: FiltersSection = FiltersSection()
     guard: GuardSection = GuardSection()
     optimizer: OptimizerSection = OptimizerSection()
+    lora: LoraSection = LoraSection()
     learner: LearnerSection = LearnerSection()
     weight_sync: WeightSyncSection = WeightSyncSection()
     evaluation: EvaluationSection = EvaluationSection()
+    sft: SftSection = SftSection()
     logging: LoggingSection = LoggingSection()
 
     @property
@@ -285,6 +273,11 @@ class Config(Section):
         """Bytes of the largest group that the limits allow."""
         tokens = self.engine.context_length
         return self.rollout.group_size * (RECORD_OVERHEAD_BYTES + BYTES_PER_TOKEN * tokens)
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.run.steps * self.learner.num_minibatches * self.learner.num_epochs
 
     @model_validator(mode="after")
     def _check_across_sections(self) -> Self:
@@ -295,6 +288,19 @@ class Config(Section):
             *self._model_problems(),
             *self._run_problems(),
             *self._sglang_problems(),
+            *learner_problems(
+                self.learner,
+                critic_kind=self.critic.kind,
+                advantage=self.algorithm.advantage,
+            ),
+            *lora_problems(self.lora, engine_kind=self.engine.kind, critic_kind=self.critic.kind),
+            *optimizer_problems(self.optimizer),
+            *distillation_problems(
+                self.distillation,
+                algorithm=self.algorithm,
+                critic=self.critic,
+                filters=self.filters,
+            ),
             *algorithm_problems(
                 self.algorithm,
                 group_size=self.rollout.group_size,
@@ -384,6 +390,11 @@ class Config(Section):
             yield (
                 f"cluster.address={self.cluster.address}: runtime=local starts no Ray; "
                 "set runtime=ray or remove the address"
+            )
+        if self.run.resume == "auto" and self.run.dir is None:
+            yield (
+                "run.resume=auto: run.dir is not set, so every run has a new folder; set run.dir "
+                "to the folder of the run to go on with"
             )
         if self.evaluation.num_tasks == 0 and self.run.stop_at_eval_reward is not None:
             yield (

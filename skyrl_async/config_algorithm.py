@@ -31,6 +31,8 @@ Advantage = Literal[
     "retrace",
 ]
 
+WeightKind = Literal["none", "token", "sequence", "geometric"]
+
 GROUP_ESTIMATORS = ("grpo", "mean_centered", "rloo", "max_rl", "optimal_off_policy_baseline")
 """Advantage estimators that compare the members of a group, and so need several."""
 
@@ -83,6 +85,8 @@ class AlgorithmSection(Section):
     """Tokens that aggregation=constant divides by."""
     entropy_coefficient: float = Field(default=0.01, ge=0)
     """Weight of the entropy bonus."""
+    squared_log_ratio_coefficient: float = Field(default=0.0, ge=0)
+    """Weight of each token's squared log ratio to the policy that sampled it; 0.001 is common."""
     scale_rate_by_ess: bool = False
     """Multiply the learning rate by the root of the effective sample fraction of a minibatch."""
     allow_uncorrected: bool = False
@@ -92,7 +96,7 @@ class AlgorithmSection(Section):
 class CorrectionSection(Section):
     """What is done about tokens that another policy sampled: importance weights and masks."""
 
-    weight: Literal["auto", "none", "token", "sequence", "geometric"] = "auto"
+    weight: Literal["auto", WeightKind] = "auto"
     """exp(proximal - behavior) per token or sequence; auto: token, none if the loss has its own."""
     weight_cap: float = Field(default=2.0, ge=1)
     """Importance weights are truncated here."""
@@ -234,7 +238,7 @@ def algorithm_problems(
         )
 
 
-def weight_kind(algorithm: AlgorithmSection, correction: CorrectionSection) -> str:
+def weight_kind(algorithm: AlgorithmSection, correction: CorrectionSection) -> WeightKind:
     """Return the kind of importance weight that ``auto`` stands for."""
     if correction.weight != "auto":
         return correction.weight

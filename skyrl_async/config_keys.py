@@ -13,8 +13,8 @@ from pydantic.fields import FieldInfo
 from skyrl_async.config import Config
 from skyrl_async.config_section import Section
 
-FREE_KEYS = ("environment.options", "algorithm.loss_options")
-"""Keys whose mappings have keys of their own, those of the environment and of the loss."""
+FREE_KEYS = ("environment.options", "algorithm.loss_options", "optimizer.groups")
+"""Keys whose mappings have keys of their own, such as those of the environment and of the loss."""
 
 _TYPE_NAMES = {
     int: "an integer",

@@ -15,6 +15,12 @@ COMPONENTS = (
     *("weight_sync", "algorithms", "metrics"),
 )
 ALONE = ("types", "config", "metrics.values")
+CONFIG_PARTS = {
+    *("config_section", "config_algorithm", "config_distillation"),
+    *("config_lora", "config_learner", "config_optimizer", "config_sft"),
+}
+"""The configuration is several files, which import only each other."""
+
 HEAVY = ("torch", "ray", "transformers", "sglang")
 
 ALLOWED = {
@@ -80,8 +86,7 @@ def test_the_scan_sees_the_package():
 @pytest.mark.parametrize("name", ALONE)
 def test_basic_modules_import_only_types(name):
     path = PACKAGE.joinpath(*name.split(".")).with_suffix(".py")
-    # The configuration is several files, which import only each other.
-    parts = {"config_section", "config_algorithm"} if name == "config" else set()
+    parts = CONFIG_PARTS if name == "config" else set()
     assert imported_of_ours(path) <= {"types", *parts}
 
 

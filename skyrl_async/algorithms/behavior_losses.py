@@ -305,21 +305,3 @@ def topr_token(tokens: LossTokens) -> TokenLoss:
     ratio = (tokens.current_logprobs - tokens.behavior_logprobs).detach().exp()
     weights = ratio.clamp(max=1.0).masked_fill(tokens.advantages > 0, 1.0)
     return weighted_reinforce(tokens.current_logprobs, tokens.advantages, weights=weights)
-
-
-def squared_log_ratio(tokens: LossTokens) -> Tensor:
-    r"""Return ``[T]``: the squared log ratio to the behavior, a regularizer for any loss.
-
-    It is added, times a small coefficient (0.001 is common), to the loss of every token, also of
-    those that a trust region clipped: they have no other gradient that leads back.
-
-    .. math::
-
-        R_t = \big(\log\pi_\theta - \log\pi_{behav}\big)^2
-
-    Args:
-        tokens: ``[T]``.
-
-    Source: Kimi K2.5 (arXiv 2602.02276), the second term of its objective.
-    """
-    return (tokens.current_logprobs - tokens.behavior_logprobs) ** 2

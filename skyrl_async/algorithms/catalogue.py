@@ -20,8 +20,10 @@ from skyrl_async.algorithms import (
     behavior_losses,
     corrections,
     kl,
+    off_policy_returns,
     policy_losses,
     proximal,
+    regularizers,
     returns,
     reward_shaping,
     sequence_losses,
@@ -30,17 +32,16 @@ from skyrl_async.algorithms import (
 from skyrl_async.algorithms.guidance import WHEN_IT_HELPS
 
 _KINDS: tuple[tuple[str, tuple[ModuleType, ...]], ...] = (
-    ("advantage", (advantages, returns)),
+    ("advantage", (advantages, returns, off_policy_returns)),
     ("loss", (policy_losses, sequence_losses, behavior_losses)),
     ("correction", (corrections, proximal)),
     ("aggregation", (aggregation,)),
     ("divergence", (kl,)),
+    ("regularizer", (regularizers,)),
     ("shaping", (reward_shaping,)),
     ("critic", (value_loss,)),
 )
-_HELPERS = frozenset(
-    {"estimate", "turn_starts", "correct", "m2_mask", "squared_log_ratio", "overload"}
-)
+_HELPERS = frozenset({"estimate", "turn_starts", "m2_mask"})
 """Public functions that are no method by themselves."""
 
 

@@ -10,6 +10,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from skyrl_async.algorithms import kl
 from skyrl_async.algorithms.behavior_losses import m2_mask
 from skyrl_async.algorithms.corrections import (
     RejectionLevel,
@@ -172,7 +173,7 @@ def correct(
     sums = {name: count.to(ratios.dtype) for name, count in counts.items()} | {
         "importance_weight": truncated.sum(),
         "importance_weight_squared": truncated.square().sum(),
-        "kl_behavior": (ratios.expm1() - ratios).sum(),
+        "kl_behavior": kl.k3(-ratios).sum(),
     }
     weights = normalize_weights(truncated) if settings.normalize_weights else truncated
     return Correction(weights=_place(weights, mask), mask=mask, sums=sums)

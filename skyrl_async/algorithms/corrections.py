@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from skyrl_async.algorithms import kl
 from skyrl_async.algorithms.tokens import sequence_means, sequence_sums
 
 WeightKind = Literal["none", "token", "sequence", "geometric"]
@@ -201,7 +202,7 @@ def k2_mask(
     Source: Schulman 2020 (joschu.net/blog/kl-approx.html); rejection by the largest token in
     Trust Region Masking (arXiv 2512.23075).
     """
-    values = 0.5 * log_ratios.square()
+    values = kl.k2(log_ratios)
     return _at_most(values, sequence_ids, num_sequences, limit=limit, level=level)
 
 
@@ -226,7 +227,8 @@ def k3_mask(
 
     Source: as ``k2_mask``.
     """
-    return _at_most(_k3(log_ratios), sequence_ids, num_sequences, limit=limit, level=level)
+    # The tokens are of the behavior policy, so the ratio that K3 takes is behavior over proximal.
+    return _at_most(kl.k3(-log_ratios), sequence_ids, num_sequences, limit=limit, level=level)
 
 
 def opsm_mask(
@@ -262,10 +264,6 @@ def _within(log_values: Tensor, *, low: float, high: float) -> Tensor:
     """Compare logarithms, as a product over a long sequence has no other finite form."""
     log_low = math.log(low) if low > 0 else -math.inf
     return (log_values >= log_low) & (log_values <= math.log(high))
-
-
-def _k3(log_ratios: Tensor) -> Tensor:
-    return log_ratios.expm1() - log_ratios
 
 
 def _at_most(

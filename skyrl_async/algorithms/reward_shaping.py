@@ -5,16 +5,14 @@ from __future__ import annotations
 from typing import overload
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 
-def kl_in_reward(
-    rewards: NDArray[np.floating],
-    log_ratios_to_reference: NDArray[np.floating],
-    *,
-    coefficient: float,
-) -> NDArray[np.float64]:
-    r"""Return token rewards less a penalty for leaving the reference policy.
+@torch.no_grad()
+def kl_in_reward(rewards: Tensor, log_ratios_to_reference: Tensor, *, coefficient: float) -> Tensor:
+    r"""Return ``[T]``: token rewards less a penalty for leaving the reference policy.
 
     .. math:: \tilde r_t = r_t - \beta \log\frac{\pi(a_t)}{\pi_{ref}(a_t)}
 
@@ -30,17 +28,16 @@ def kl_in_reward(
     Source: Ziegler et al. 2019 (arXiv 1909.08593), equation 2; per token: Ouyang et al. 2022
     (arXiv 2203.02155), equation 2.
     """
-    if np.shape(rewards) != np.shape(log_ratios_to_reference):
+    if rewards.shape != log_ratios_to_reference.shape:
         raise ValueError(
-            f"rewards {np.shape(rewards)} and log ratios {np.shape(log_ratios_to_reference)} "
-            "differ in shape; give a reward for every token"
+            f"rewards {tuple(rewards.shape)} and log ratios "
+            f"{tuple(log_ratios_to_reference.shape)} differ in shape; give a reward for every token"
         )
-    if coefficient < 0:
+    if not coefficient >= 0:
         raise ValueError(
             f"coefficient={coefficient}: must be at least 0, or distance would be rewarded"
         )
-    log_ratios = np.asarray(log_ratios_to_reference, dtype=np.float64)
-    return np.asarray(rewards, dtype=np.float64) - coefficient * log_ratios
+    return rewards - coefficient * log_ratios_to_reference
 
 
 @overload

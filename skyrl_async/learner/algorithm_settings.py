@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from skyrl_async.algorithms.aggregation import AggregationKind
 from skyrl_async.algorithms.composition import CorrectionSettings
+from skyrl_async.algorithms.distillation import DistillationSettings
 from skyrl_async.algorithms.policy_losses import ppo_clip
 from skyrl_async.algorithms.tokens import TokenLoss
 from skyrl_async.learner.critic import CriticSettings
@@ -59,9 +60,11 @@ class AlgorithmSettings:
         aggregation: how token losses become one.
         aggregation_length: L of ``constant``.
         entropy_coefficient: of the entropy bonus.
+        squared_log_ratio_coefficient: of the squared log ratio to the behavior policy; 0 for none.
         kl: penalty for leaving the reference policy.
         critic: None for no critic.
         scale_rate_by_ess: multiply the learning rate by the root of the effective sample fraction.
+        distillation: what a teacher adds to the advantages; None without one.
     """
 
     advantage: str = "grpo"
@@ -80,9 +83,11 @@ class AlgorithmSettings:
     aggregation: AggregationKind = "token_mean"
     aggregation_length: int | None = None
     entropy_coefficient: float = 0.01
+    squared_log_ratio_coefficient: float = 0.0
     kl: KlSettings = KlSettings()
     critic: CriticSettings | None = None
     scale_rate_by_ess: bool = False
+    distillation: DistillationSettings | None = None
 
     def __post_init__(self) -> None:
         if self.needs_values and self.critic is None:
@@ -116,4 +121,5 @@ class AlgorithmSettings:
             or self.correction.needs_whole_batch
             or self.kl_in_reward
             or self.scale_rate_by_ess
+            or self.distillation is not None
         )

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from skyrl_async.algorithms.value_loss import clipped_value_loss
-from skyrl_async.learner.logprobs import hidden_states
+from skyrl_async.learner.logprobs import PolicyModule, hidden_states, token_hidden
+from skyrl_async.learner.optimizer import OptimizerSettings
 from skyrl_async.learner.packing import Microbatch
+from skyrl_async.learner.policy_trainer import PolicyTrainer
 from skyrl_async.learner.rank_group import RankGroup
+from skyrl_async.learner.sharding import FillParameters, ShardingSettings, prepare
 
 CriticKind = Literal["head", "model"]
 
@@ -56,6 +59,45 @@ class ValueTargets:
     aggregation: Tensor
 
 
+class ValueModule(nn.Module):
+    """From packed tokens, or from the policy's hidden states, to the values of the loss tokens.
+
+    All values begin at 0.
+
+    Args:
+        model: the policy; its decoder is copied for the kind ``model``.
+        kind: of critic.
+    """
+
+    def __init__(self, model: Any, kind: CriticKind) -> None:
+        super().__init__()
+        self.decoder: Any = None
+        if kind == "model":
+            self.decoder = copy.deepcopy(model.get_decoder()).requires_grad_(True)
+        embedding = model.get_output_embeddings().weight
+        self.head = nn.Linear(
+            embedding.shape[-1], 1, dtype=embedding.dtype, device=embedding.device
+        )
+        self.start_at_zero()
+        self._policy_prefix = f"{model.base_model_prefix}."
+
+    def start_at_zero(self) -> None:
+        """Set the head's weights."""
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def name_in_policy(self, name: str) -> str | None:
+        """Return the policy's name for a parameter that begins as a copy of the policy's."""
+        if not name.startswith("decoder."):
+            return None
+        return self._policy_prefix + name.removeprefix("decoder.")
+
+    def forward(self, inputs: Microbatch | Tensor) -> Tensor:
+        """Return ``[L]`` for a microbatch, or for hidden states ``[L, H]``."""
+        hidden = inputs if isinstance(inputs, Tensor) else hidden_states(self.decoder, inputs)
+        return self.head(hidden).squeeze(-1)
+
+
 class Critic:
     """Values of tokens under the policy that sampled them, learned from the learner's targets.
 
@@ -69,51 +111,61 @@ class Critic:
         policy: whose decoder is copied, or read.
         settings: how.
         ranks: of the learner group.
+        sharding: how a decoder of its own lies in memory.
+        fill: writes its initial weights if the policy has none yet.
     """
 
-    def __init__(self, policy: Any, settings: CriticSettings, *, ranks: RankGroup) -> None:
+    def __init__(
+        self,
+        policy: PolicyModule,
+        settings: CriticSettings,
+        *,
+        ranks: RankGroup,
+        sharding: ShardingSettings | None = None,
+        fill: FillParameters | None = None,
+    ) -> None:
         self._settings = settings
-        self._ranks = ranks
+        self._policy = policy
         self._reads_policy = settings.kind == "head"
-        self._decoder = policy.get_decoder()
-        if not self._reads_policy:
-            self._decoder = copy.deepcopy(self._decoder).requires_grad_(True)
-        embedding = policy.get_output_embeddings().weight
-        self._head = torch.nn.Linear(
-            embedding.shape[-1], 1, dtype=embedding.dtype, device=embedding.device
+        module = ValueModule(policy.model, settings.kind)
+        is_sharded = False
+        if self._reads_policy:
+            module.to_empty(device=ranks.device)
+        else:
+            # Values need more precision than logits.
+            place = replace(sharding or ShardingSettings(), float32_head=True)
+            is_sharded = prepare(module, place, ranks, fill=fill, names=module.name_in_policy)
+        module.start_at_zero()
+        optimizer = OptimizerSettings(
+            learning_rate=settings.learning_rate,
+            betas=(0.9, 0.999),
+            max_grad_norm=settings.max_grad_norm,
         )
-        # All values begin at 0, on every rank.
-        torch.nn.init.zeros_(self._head.weight)
-        torch.nn.init.zeros_(self._head.bias)
-        trunk = [] if self._reads_policy else [p for _, p in self._decoder.named_parameters()]
-        self._parameters: list[torch.nn.Parameter] = [*trunk, *self._head.parameters()]
-        self._optimizer = torch.optim.AdamW(
-            self._parameters, lr=settings.learning_rate, weight_decay=0.0
-        )
+        self.trainer = PolicyTrainer(module, optimizer, ranks=ranks, is_sharded=is_sharded)
 
     def values(self, microbatch: Microbatch) -> Tensor:
         """Return ``[L]``: the value before each loss token."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self._reads_policy):
-            hidden = hidden_states(self._decoder, microbatch)
-        return self._head(hidden).squeeze(-1)
+        if not self._reads_policy:
+            return self.trainer.module(microbatch)
+        with torch.no_grad():
+            hidden = token_hidden(self._policy, microbatch)
+        return self.trainer.module(hidden)
 
     def update(self, microbatches: Sequence[Microbatch], targets: ValueTargets) -> float | None:
         """Take all optimizer steps on one minibatch; return the last loss, over all ranks.
 
         Returns None, with weights unchanged by that step, if loss or gradient is not finite.
         """
-        loss = torch.zeros(())
+        loss = torch.zeros((), dtype=torch.float64)
         for _ in range(self._settings.updates):
             loss = self._backward(microbatches, targets)
-            norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._settings.max_grad_norm)
-            if not (torch.isfinite(norm) and torch.isfinite(loss)):
+            if self.trainer.apply(loss) is None:
                 return None
-            self._optimizer.step()
         return float(loss)
 
     def _backward(self, microbatches: Sequence[Microbatch], targets: ValueTargets) -> Tensor:
-        self._optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros((), dtype=torch.float64)
+        self.trainer.zero_grad()
+        total = torch.zeros((), dtype=torch.float64, device=self.trainer.ranks.device)
         for microbatch in microbatches:
             index = microbatch.index
             loss = clipped_value_loss(
@@ -125,17 +177,4 @@ class Critic:
             share = (loss.loss * targets.aggregation[index]).sum()
             share.backward()
             total += share.detach().double()
-        self._ranks.sum_gradients(self._parameters)
-        return self._ranks.sum_(total)
-
-    def save_state(self) -> tuple[list[Tensor], dict[str, Any]]:
-        """Return copies of weights and moments."""
-        weights = [p.detach().clone() for p in self._parameters]
-        return weights, copy.deepcopy(self._optimizer.state_dict())
-
-    @torch.no_grad()
-    def restore_state(self, weights: Sequence[Tensor], optimizer: dict[str, Any]) -> None:
-        """Go back to what :meth:`save_state` returned."""
-        for parameter, saved in zip(self._parameters, weights, strict=True):
-            parameter.copy_(saved)
-        self._optimizer.load_state_dict(optimizer)
+        return total

@@ -2,32 +2,40 @@
 
 from __future__ import annotations
 
-import copy
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from skyrl_async.algorithms.advantages import estimate
 from skyrl_async.algorithms.proximal import interpolated_proximal
 from skyrl_async.learner.algorithm_settings import AlgorithmSettings
+from skyrl_async.learner.attention import AttentionKind, use_attention
 from skyrl_async.learner.critic import Critic
-from skyrl_async.learner.logprobs import TokenOutputs, token_logprobs, token_outputs
-from skyrl_async.learner.loss_batch import LossBatch, gathered
+from skyrl_async.learner.logprobs import (
+    PolicyModule,
+    TokenOutputs,
+    token_outputs,
+)
+from skyrl_async.learner.lora import adapter_name, base_name, has_adapter
+from skyrl_async.learner.minibatches import Minibatch, PackingSettings, make_minibatches
 from skyrl_async.learner.objective import objective
 from skyrl_async.learner.off_policy_baseline import with_off_policy_baseline
-from skyrl_async.learner.packing import Microbatch, first_loss_indices, pack, split_evenly
+from skyrl_async.learner.optimizer import OptimizerSettings
+from skyrl_async.learner.packing import Microbatch, pair_cost_of
+from skyrl_async.learner.policy_trainer import PolicyTrainer
 from skyrl_async.learner.rank_group import RankGroup
 from skyrl_async.learner.sequences import make_sequences
-from skyrl_async.learner.step_metrics import StepSums
-from skyrl_async.learner.targets import Targets, make_targets
-from skyrl_async.types import SampledBatch, StepResult, TrainSequence
+from skyrl_async.learner.sharding import FillParameters, ShardingSettings, prepare
+from skyrl_async.learner.step_metrics import StepSums, count_staleness
+from skyrl_async.learner.target_passes import TargetPasses
+from skyrl_async.learner.targets import Targets
+from skyrl_async.learner.training_state import TrainingState
+from skyrl_async.types import SampledBatch, StepResult
 
 
 class Ledger(Protocol):
@@ -43,34 +51,13 @@ class LearnerSettings:
     """How to train; see the configuration's sections of the same names for each meaning."""
 
     algorithm: AlgorithmSettings = field(default_factory=AlgorithmSettings)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    sharding: ShardingSettings = field(default_factory=ShardingSettings)
     num_minibatches: int = 2
     num_epochs: int = 1
     tokens_per_microbatch: int = 8192
-    learning_rate: float = 2e-3
-    warmup_steps: int = 0
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
+    attention: AttentionKind = "sdpa"
     seed: int = 0
-
-
-@dataclass(slots=True)
-class _Minibatch:
-    """This rank's share of one minibatch, and what all ranks know of the whole.
-
-    Attributes:
-        microbatches: of this rank.
-        tokens: of all ranks.
-        targets: once they are made.
-        proximal_logprobs: for each microbatch, once it had its first forward pass.
-    """
-
-    microbatches: list[Microbatch]
-    tokens: LossBatch
-    targets: Targets | None = None
-    proximal_logprobs: list[Tensor] | None = None
 
 
 class Learner:
@@ -94,11 +81,21 @@ class Learner:
     number of ranks and microbatches gives the same update.
 
     Args:
-        model: causal LM; all its parameters that require gradients are trained.
+        model: causal LM; all its parameters that require gradients are trained. With ``fill`` they
+            may be on the meta device.
         settings: how.
-        reference: the policy that a KL penalty holds on to; needed with one.
+        reference: the policy that a KL penalty holds on to; needed with one, unless the model has
+            an adapter, without which it is the reference itself.
+        teacher: whose logprobs the policy learns from; needed for a distillation.
         ranks: of the learner group; one by default.
         ledger: told where the time goes.
+        fill: writes the initial weights into the parameters of policy, reference and critic.
+
+    Attributes:
+        policy_version: steps finished.
+        trainer: of the policy.
+        packing: how its microbatches are laid out.
+        critic: None without one.
     """
 
     def __init__(
@@ -107,34 +104,88 @@ class Learner:
         settings: LearnerSettings,
         *,
         reference: Any | None = None,
+        teacher: Any | None = None,
         ranks: RankGroup | None = None,
         ledger: Ledger | None = None,
+        fill: FillParameters | None = None,
     ) -> None:
-        if settings.algorithm.kl.coefficient and reference is None:
+        adapted = has_adapter(model)
+        if settings.algorithm.kl.coefficient and reference is None and not adapted:
             raise ValueError("a KL penalty needs a reference policy, and there is none")
-        self.model = model
+        if settings.algorithm.distillation is not None and teacher is None:
+            raise ValueError("a distillation needs a teacher, and there is none")
         self.policy_version = 0
-        self.optimizer_steps = 0
         self._settings = settings
         self._ranks = ranks or RankGroup()
         self._ledger = ledger
-        self._parameters = [p for p in model.parameters() if p.requires_grad]
-        self._optimizer = torch.optim.AdamW(
-            self._parameters,
-            lr=settings.learning_rate,
-            betas=(settings.beta1, settings.beta2),
-            eps=settings.eps,
-            weight_decay=settings.weight_decay,
-            fused=True,
+        sharding, critic = settings.sharding, settings.algorithm.critic
+        flat = settings.attention != "sdpa" or self._ranks.sequence_ranks > 1
+        self.packing = PackingSettings(
+            tokens_per_microbatch=settings.tokens_per_microbatch,
+            layout="flat" if flat else "auto",
+            pair_cost=pair_cost_of(model.config),
         )
-        self._rate_factor = 1.0
-        self._remembered: tuple[list[Tensor], dict[str, Any], Any] | None = None
-        self._reference = reference if settings.algorithm.kl.coefficient else None
-        critic = settings.algorithm.critic
-        self._critic = None if critic is None else Critic(model, critic, ranks=self._ranks)
+        policy = self._policy_module(model)
+        # A critic copies the policy's decoder, which it must not when that is sharded.
+        self.critic = None
+        if critic is not None:
+            self.critic = Critic(policy, critic, ranks=self._ranks, sharding=sharding, fill=fill)
+        self.trainer = PolicyTrainer(
+            policy,
+            settings.optimizer,
+            ranks=self._ranks,
+            is_sharded=self._prepare(policy, fill),
+            flat_rows=flat,
+        )
+        frozen: dict[str, PolicyModule | None] = {"reference": None, "teacher": None}
+        if settings.algorithm.kl.coefficient and not adapted:
+            frozen["reference"] = self._frozen(reference, fill)
+        if settings.algorithm.distillation is not None:
+            frozen["teacher"] = self._frozen(teacher, None)
+        self._target_passes = TargetPasses(
+            policy, settings.algorithm, critic=self.critic, ranks=self._ranks, **frozen
+        )
+        self._remembered: tuple[Any, Any] | None = None
+
+    def _policy_module(self, model: Any) -> PolicyModule:
+        use_attention(model, self._settings.attention)
+        return PolicyModule(
+            model,
+            float32_head=self._settings.sharding.float32_head,
+            sequence_group=self._ranks.sequence_group,
+        )
+
+    def _frozen(self, model: Any, fill: FillParameters | None) -> PolicyModule:
+        policy = self._policy_module(model).requires_grad_(False)
+        self._prepare(policy, fill)
+        return policy
+
+    def _prepare(self, policy: PolicyModule, fill: FillParameters | None) -> bool:
+        adapters = [p for name, p in policy.named_parameters() if adapter_name(name) is not None]
+        return prepare(
+            policy,
+            self._settings.sharding,
+            self._ranks,
+            fill=fill,
+            names=lambda name: base_name(name.removeprefix("model.")),
+            whole=adapters,
+        )
+
+    @property
+    def model(self) -> Any:
+        """The causal LM that is trained."""
+        return self.trainer.module.model
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Optimizer steps so far."""
+        return self.trainer.optimizer_steps
 
     def step(self, batch: SampledBatch) -> StepResult:
-        """Run all optimizer steps on ``batch``; on anything not finite, undo them and skip.
+        """Run all optimizer steps on ``batch``.
+
+        A minibatch whose loss or gradient is not finite is left out; if that is all of them, the
+        step is skipped and makes no version.
 
         Raises:
             RuntimeError: if the batch was sampled for another policy version.
@@ -147,7 +198,7 @@ class Learner:
         with self._part("prepare"):
             minibatches = self._minibatches(batch)
         with self._part("proximal"):
-            self._make_targets(minibatches)
+            self._target_passes.run(minibatches)
         with self._part("train"):
             sums = self._train(minibatches)
         if sums is None:
@@ -160,17 +211,22 @@ class Learner:
         self.policy_version += 1
         metrics = sums.metrics(self._ranks)
         metrics["optimizer_steps"] = float(self.optimizer_steps)
-        metrics["policy/lr"] = self._optimizer.param_groups[0]["lr"]
+        metrics["policy/lr"] = self.trainer.learning_rate
         return StepResult(
             policy_version=self.policy_version,
             skipped=False,
             metrics=metrics,
-            staleness_counts=_staleness_counts(minibatches, batch, self._ranks),
+            staleness_counts=count_staleness(
+                [m for minibatch in minibatches for m in minibatch.microbatches],
+                batch,
+                ranks=self._ranks,
+            ),
         )
 
     def remember(self) -> None:
         """Keep a copy of weights, critic and optimizers, in place of an older one."""
-        self._remembered = self._save_state()
+        critic = None if self.critic is None else self.critic.trainer.save_state()
+        self._remembered = (self.trainer.save_state(), critic)
 
     def roll_back(self) -> int:
         """Go back to the copy under a new policy version, and return that.
@@ -180,11 +236,40 @@ class Learner:
         """
         if self._remembered is None:
             raise RuntimeError("there is no state to roll back to: remember one first")
-        self._restore_state(*self._remembered)
-        # The optimizer now owns the moments of the copy, which must outlive further steps.
-        self._remembered = self._save_state()
+        policy, critic = self._remembered
+        self.trainer.restore_state(*policy)
+        if self.critic is not None:
+            self.critic.trainer.restore_state(*critic)
         self.policy_version += 1
         return self.policy_version
+
+    def training_state(self) -> TrainingState:
+        """Return what a checkpoint holds; modules and optimizers are this learner's own."""
+        critic = None if self.critic is None else self.critic.trainer
+        return TrainingState(
+            module=self.trainer.module,
+            optimizer=self.trainer.optimizer,
+            critic_module=None if critic is None else critic.module,
+            critic_optimizer=None if critic is None else critic.optimizer,
+            counters={
+                "policy_version": self.policy_version,
+                "optimizer_steps": self.trainer.optimizer_steps,
+                "rate_factor": self.trainer.rate_factor,
+                "critic_optimizer_steps": 0 if critic is None else critic.optimizer_steps,
+            },
+        )
+
+    def restore_counters(self, counters: Mapping[str, float]) -> None:
+        """Go on from the counters of a :meth:`training_state` whose tensors were loaded.
+
+        Raises:
+            KeyError: if one is missing.
+        """
+        self.policy_version = int(counters["policy_version"])
+        self.trainer.optimizer_steps = int(counters["optimizer_steps"])
+        self.trainer.rate_factor = float(counters["rate_factor"])
+        if self.critic is not None:
+            self.critic.trainer.optimizer_steps = int(counters["critic_optimizer_steps"])
 
     def scale_rate(self, factor: float) -> None:
         """Multiply the learning rate of all later steps.
@@ -194,12 +279,12 @@ class Learner:
         """
         if not factor > 0:
             raise ValueError(f"the factor of the learning rate must be > 0, got {factor}")
-        self._rate_factor *= factor
+        self.trainer.rate_factor *= factor
 
     def _part(self, name: str) -> AbstractContextManager[Any]:
         return self._ledger.part(name) if self._ledger is not None else nullcontext()
 
-    def _minibatches(self, batch: SampledBatch) -> list[_Minibatch]:
+    def _minibatches(self, batch: SampledBatch) -> list[Minibatch]:
         algorithm = self._settings.algorithm
         # What needs values or gradients replaces what this gives.
         later = algorithm.needs_values or algorithm.needs_gradient_norms
@@ -213,99 +298,54 @@ class Learner:
         if algorithm.needs_gradient_norms:
             sequences = with_off_policy_baseline(
                 sequences,
-                self.model,
+                self.trainer.module,
                 ranks=self._ranks,
                 weight_cap=algorithm.correction.weight_cap,
             )
-        generator = np.random.default_rng([self._settings.seed, self.policy_version])
-        order = generator.permutation(len(sequences))
-        chunks = np.array_split(order, self._settings.num_minibatches)
-        return [self._minibatch([sequences[i] for i in chunk]) for chunk in chunks if len(chunk)]
-
-    def _minibatch(self, sequences: Sequence[TrainSequence]) -> _Minibatch:
-        lengths = [len(s.token_ids) for s in sequences]
-        share = split_evenly(lengths, num_parts=self._ranks.num_ranks)[self._ranks.rank]
-        first_indices = first_loss_indices(sequences)
-        dtype = self._parameters[0].dtype
-        return _Minibatch(
-            microbatches=pack(
-                [sequences[i] for i in share],
-                tokens_per_microbatch=self._settings.tokens_per_microbatch,
-                dtype=dtype,
-                first_indices=[first_indices[i] for i in share],
-            ),
-            tokens=LossBatch.of(sequences, dtype=dtype),
+        return make_minibatches(
+            sequences,
+            num_minibatches=self._settings.num_minibatches,
+            seed=(self._settings.seed, self.policy_version),
+            packing=self.packing,
+            trainer=self.trainer,
         )
 
-    @torch.no_grad()
-    def _make_targets(self, minibatches: Sequence[_Minibatch]) -> None:
-        """Do every forward pass that must come before the first optimizer step."""
-        algorithm, reference, critic = self._settings.algorithm, self._reference, self._critic
-        for number, minibatch in enumerate(minibatches):
-            proximal = values = at_reference = None
-            if algorithm.needs_whole_batch:
-                proximal = self._gather(partial(token_logprobs, self.model), minibatch)
-            elif number and algorithm.proximal == "recomputed":
-                minibatch.proximal_logprobs = [
-                    token_logprobs(self.model, m) for m in minibatch.microbatches
-                ]
-            if reference is not None:
-                at_reference = self._gather(partial(token_logprobs, reference), minibatch)
-            if critic is not None:
-                values = self._gather(critic.values, minibatch)
-            minibatch.targets = make_targets(
-                minibatch.tokens,
-                algorithm,
-                proximal_logprobs=proximal,
-                reference_logprobs=at_reference,
-                values=values,
-            )
-            if proximal is not None:
-                minibatch.proximal_logprobs = [proximal[m.index] for m in minibatch.microbatches]
-
-    def _gather(self, compute: Callable[[Microbatch], Tensor], minibatch: _Minibatch) -> Tensor:
-        return gathered(
-            compute,
-            minibatch.microbatches,
-            like=minibatch.tokens.behavior_logprobs,
-            ranks=self._ranks,
-        )
-
-    def _train(self, minibatches: Sequence[_Minibatch]) -> StepSums | None:
-        """Return the step's sums, or None if it was undone."""
-        several = len(minibatches) * self._settings.num_epochs > 1 or self._critic is not None
-        undo = self._save_state() if several else None
-        steps_before = self.optimizer_steps
-        sums = StepSums(train_version=self.policy_version)
+    def _train(self, minibatches: Sequence[Minibatch]) -> StepSums | None:
+        """Return the step's sums, or None if no minibatch could be used."""
+        sums = StepSums(train_version=self.policy_version, device=self._ranks.device)
         for _ in range(self._settings.num_epochs):
             for minibatch in minibatches:
-                if not self._optimize(minibatch, sums):
-                    if undo is not None:
-                        self._restore_state(*undo)
-                    self.optimizer_steps = steps_before
-                    return None
-        return sums
+                self._optimize(minibatch, sums)
+        return sums if sums.grad_norms else None
 
-    def _optimize(self, minibatch: _Minibatch, sums: StepSums) -> bool:
-        """Train critic and policy on one minibatch; False if anything was not finite."""
+    def _optimize(self, minibatch: Minibatch, sums: StepSums) -> None:
+        """Train critic and policy on one minibatch; on anything not finite, leave it out."""
         targets = minibatch.targets
         assert targets is not None, "targets are made before training"
-        if self._critic is not None and targets.values is not None:
-            value_loss = self._critic.update(minibatch.microbatches, targets.values)
+        if self.critic is not None and targets.values is not None:
+            value_loss = self.critic.update(minibatch.microbatches, targets.values)
             if value_loss is None:
-                return False
+                sums.skipped_minibatches += 1
+                return
             sums.value_losses.append(value_loss)
-        loss = self._backward(minibatch, targets, sums)
-        return self._apply(loss, sums, rate_scale=self._rate_scale(targets))
+        added = StepSums(train_version=self.policy_version, device=self._ranks.device)
+        loss = self._backward(minibatch, targets, added)
+        norm = self.trainer.apply(loss, rate_scale=self._rate_scale(targets))
+        if norm is None:
+            sums.skipped_minibatches += 1
+            return
+        sums.merge(added, grad_norm=norm)
+        if targets.teacher_divergence is not None:
+            sums.teacher_divergences.append(targets.teacher_divergence)
 
-    def _backward(self, minibatch: _Minibatch, targets: Targets, sums: StepSums) -> Tensor:
-        """Accumulate the gradient of one minibatch; gradient and loss are summed over ranks."""
-        loss = torch.zeros((), dtype=torch.float64)
-        self._optimizer.zero_grad(set_to_none=True)
+    def _backward(self, minibatch: Minibatch, targets: Targets, sums: StepSums) -> Tensor:
+        """Accumulate the gradient of one minibatch; return this rank's part of its loss."""
+        loss = torch.zeros((), dtype=torch.float64, device=self._ranks.device)
+        self.trainer.zero_grad()
         recorded: list[Tensor] = []
         known = minibatch.proximal_logprobs
         for number, microbatch in enumerate(minibatch.microbatches):
-            outputs = token_outputs(self.model, microbatch)
+            outputs = token_outputs(self.trainer.module, microbatch)
             proximal = known[number] if known is not None else self._proximal(outputs, microbatch)
             recorded.append(proximal)
             result = objective(
@@ -317,12 +357,12 @@ class Learner:
                 settings=self._settings.algorithm,
             )
             result.total.backward()
-            loss += result.total.detach()
-            sums.add(microbatch, result, proximal)
+            if self._ranks.counts:
+                loss += result.total.detach()
+                sums.add(microbatch, result, proximal)
         if self._settings.algorithm.proximal == "recomputed":
             minibatch.proximal_logprobs = recorded
-        self._ranks.sum_gradients(self._parameters)
-        return self._ranks.sum_(loss)
+        return loss
 
     def _proximal(self, outputs: TokenOutputs, microbatch: Microbatch) -> Tensor:
         """Return the proximal logprobs of a microbatch that has none yet."""
@@ -344,65 +384,3 @@ class Learner:
         weights = correction.weights[correction.mask].double()
         squared = float(weights.square().sum())
         return float(weights.sum()) / (squared * len(weights)) ** 0.5 if squared else 1.0
-
-    def _apply(self, loss: Tensor, sums: StepSums, *, rate_scale: float = 1.0) -> bool:
-        """Clip and take one optimizer step; False, and no step, if anything is not finite.
-
-        Loss and gradient are sums over the ranks, so that all ranks decide alike.
-        """
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._settings.max_grad_norm)
-        if not (torch.isfinite(norm) and torch.isfinite(loss)):
-            self._optimizer.zero_grad(set_to_none=True)
-            return False
-        warmup = self._settings.warmup_steps
-        scale = min(1.0, (self.optimizer_steps + 1) / warmup) if warmup else 1.0
-        for group in self._optimizer.param_groups:
-            group["lr"] = self._settings.learning_rate * scale * rate_scale * self._rate_factor
-        self._optimizer.step()
-        self.optimizer_steps += 1
-        sums.grad_norms.append(float(norm))
-        return True
-
-    def _save_state(self) -> tuple[list[Tensor], dict[str, Any], Any]:
-        weights = [p.detach().clone() for p in self._parameters]
-        critic = None if self._critic is None else self._critic.save_state()
-        return weights, copy.deepcopy(self._optimizer.state_dict()), critic
-
-    @torch.no_grad()
-    def _restore_state(self, weights: list[Tensor], optimizer: dict[str, Any], critic: Any) -> None:
-        for parameter, saved in zip(self._parameters, weights, strict=True):
-            parameter.copy_(saved)
-        self._optimizer.load_state_dict(optimizer)
-        if self._critic is not None:
-            self._critic.restore_state(*critic)
-
-
-def _staleness_counts(
-    minibatches: Sequence[_Minibatch], batch: SampledBatch, ranks: RankGroup
-) -> dict[int, int]:
-    """Count the trained tokens of all ranks by staleness.
-
-    Raises:
-        RuntimeError: if a token is beyond the bound: the buffer's guarantee is checked where it
-            matters.
-    """
-    oldest = min(g.min_trainable_version for g in batch.groups)
-    bound = batch.train_version - oldest
-    counts: Counter[int] = Counter()
-    for minibatch in minibatches:
-        for microbatch in minibatch.microbatches:
-            lag = batch.train_version - microbatch.policy_versions
-            values, numbers = lag.unique(return_counts=True)
-            counts.update(dict(zip(values.tolist(), numbers.tolist(), strict=True)))
-    if counts and (max(counts) > bound or min(counts) < 0):
-        raise RuntimeError(
-            f"trained tokens with staleness {min(counts)}..{max(counts)}, bound 0..{bound} "
-            f"at policy version {batch.train_version}"
-        )
-    if ranks.num_ranks > 1:
-        table = torch.zeros(bound + 1, dtype=torch.int64)
-        for staleness, number in counts.items():
-            table[staleness] = number
-        ranks.sum_(table)
-        return {lag: int(n) for lag, n in enumerate(table.tolist()) if n}
-    return dict(counts)

@@ -44,7 +44,13 @@ class LossBatch:
     rewards: Tensor
 
     @classmethod
-    def of(cls, sequences: Sequence[TrainSequence], *, dtype: torch.dtype) -> LossBatch:
+    def of(
+        cls,
+        sequences: Sequence[TrainSequence],
+        *,
+        dtype: torch.dtype,
+        device: torch.device | None = None,
+    ) -> LossBatch:
         """Lay the loss tokens of ``sequences`` end to end."""
         masks = [s.loss_mask for s in sequences]
         lengths = [int(mask.sum()) for mask in masks]
@@ -58,15 +64,16 @@ class LossBatch:
             return torch.from_numpy(np.repeat(np.asarray(values, np.int64), lengths))
 
         turns = [_turn_ids(mask) for mask in masks]
-        return cls(
-            behavior_logprobs=torch.from_numpy(tokens("behavior_logprobs")).to(dtype),
-            policy_versions=torch.from_numpy(tokens("policy_versions")).to(torch.int64),
-            advantages=torch.from_numpy(tokens("advantages")).to(dtype),
-            sequence_ids=spread(range(len(sequences))),
-            prompt_ids=spread([groups[s.group_id] for s in sequences]),
-            turn_ids=torch.from_numpy(np.concatenate(turns) if turns else np.zeros(0, np.int64)),
-            rewards=torch.tensor([s.reward for s in sequences], dtype=dtype),
-        )
+        fields = {
+            "behavior_logprobs": torch.from_numpy(tokens("behavior_logprobs")).to(dtype),
+            "policy_versions": torch.from_numpy(tokens("policy_versions")).to(torch.int64),
+            "advantages": torch.from_numpy(tokens("advantages")).to(dtype),
+            "sequence_ids": spread(range(len(sequences))),
+            "prompt_ids": spread([groups[s.group_id] for s in sequences]),
+            "turn_ids": torch.from_numpy(np.concatenate(turns) if turns else np.zeros(0, np.int64)),
+            "rewards": torch.tensor([s.reward for s in sequences], dtype=dtype),
+        }
+        return cls(**{name: tensor.to(device) for name, tensor in fields.items()})
 
     @property
     def num_sequences(self) -> int:
@@ -102,9 +109,11 @@ def gathered(
         compute: one value per loss token of a microbatch.
         microbatches: of this rank.
         like: ``[T]``, of the result's type.
-        ranks: of the learner group; each token is computed by one of them.
+        ranks: of the learner group; each token is computed by one of them, or by a sequence group.
     """
     values = torch.zeros_like(like)
     for microbatch in microbatches:
-        values[microbatch.index] = compute(microbatch).to(values.dtype)
+        computed = compute(microbatch)
+        if ranks.counts:
+            values[microbatch.index] = computed.to(values.dtype)
     return ranks.sum_(values)

@@ -2,10 +2,11 @@ r"""The training objective of one microbatch: every choice of algorithm meets he
 
 .. math::
 
-    L = \sum_t a_t \big( w_t \, \ell_t - c_H H_t + c_{KL} \, \mathrm{KL}_t \big)
+    L = \sum_t a_t \big( w_t \, \ell_t + c_R R_t - c_H H_t + c_{KL} \, \mathrm{KL}_t \big)
 
-``a`` are the shares of aggregation, ``w`` the importance weights, ``l`` the policy loss. Tokens
-that a correction rejects have no part in any of it.
+``a`` are the shares of aggregation, ``w`` the importance weights, ``l`` the policy loss, ``R`` the
+squared log ratio to the behavior policy. Tokens that a correction rejects have no part in any of
+it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from skyrl_async.algorithms import kl
 from skyrl_async.algorithms.composition import CorrectionSettings, correct
+from skyrl_async.algorithms.regularizers import squared_log_ratio
 from skyrl_async.algorithms.tokens import LossTokens
 from skyrl_async.learner.algorithm_settings import AlgorithmSettings, KlEstimator
 from skyrl_async.learner.logprobs import TokenOutputs
@@ -63,34 +65,16 @@ def objective(
         settings: what to minimize.
     """
     index = microbatch.index
-    behavior, advantages = batch.behavior_logprobs[index], targets.advantages[index]
-    _, ids = batch.sequence_ids[index].unique_consecutive(return_inverse=True)
-    num_sequences = int(ids[-1]) + 1 if len(ids) else 0
-    log_ratios = proximal_logprobs.detach() - behavior
-    correction = targets.correction
-    if correction is None:
-        correction = correct(
-            log_ratios,
-            advantages=advantages,
-            sequence_ids=ids,
-            num_sequences=num_sequences,
-            settings=settings.correction,
-        )
-        weights, kept = correction.weights, correction.mask
-    else:
-        weights, kept = correction.weights[index], correction.mask[index]
-    tokens = LossTokens(
-        current_logprobs=outputs.logprobs,
-        proximal_logprobs=proximal_logprobs.detach(),
-        behavior_logprobs=behavior,
-        advantages=advantages,
-        sequence_ids=ids,
-        num_sequences=num_sequences,
-    ).select(kept)
+    tokens, log_ratios = _loss_tokens(outputs, microbatch, batch, targets, proximal_logprobs)
+    weights, kept = _correction(tokens, log_ratios, index, targets, settings.correction)
+    tokens, share = tokens.select(kept), targets.aggregation[index][kept]
+    entropy = outputs.entropy[kept]
     policy = settings.loss(tokens, **settings.loss_options)
-    share, entropy = targets.aggregation[index][kept], outputs.entropy[kept]
     policy_loss = (share * weights[kept] * policy.loss).sum()
     total = policy_loss - settings.entropy_coefficient * (share * entropy).sum()
+    if settings.squared_log_ratio_coefficient:
+        squared = squared_log_ratio(tokens)
+        total = total + settings.squared_log_ratio_coefficient * (share * squared).sum()
     divergence = torch.zeros_like(share)
     if targets.reference_logprobs is not None:
         reference = targets.reference_logprobs[index][kept]
@@ -110,6 +94,48 @@ def objective(
         },
         largest_weight=_largest(log_ratios),
     )
+
+
+def _loss_tokens(
+    outputs: TokenOutputs,
+    microbatch: Microbatch,
+    batch: LossBatch,
+    targets: Targets,
+    proximal_logprobs: Tensor,
+) -> tuple[LossTokens, Tensor]:
+    """Return the microbatch's tokens, and proximal minus behavior logprobs ``[L]``."""
+    index, proximal = microbatch.index, proximal_logprobs.detach()
+    behavior = batch.behavior_logprobs[index]
+    _, ids = batch.sequence_ids[index].unique_consecutive(return_inverse=True)
+    tokens = LossTokens(
+        current_logprobs=outputs.logprobs,
+        proximal_logprobs=proximal,
+        behavior_logprobs=behavior,
+        advantages=targets.advantages[index],
+        sequence_ids=ids,
+        num_sequences=int(ids[-1]) + 1 if len(ids) else 0,
+    )
+    return tokens, proximal - behavior
+
+
+def _correction(
+    tokens: LossTokens,
+    log_ratios: Tensor,
+    index: Tensor,
+    targets: Targets,
+    settings: CorrectionSettings,
+) -> tuple[Tensor, Tensor]:
+    """Return weight and mask of the microbatch's tokens; both ``[L]``."""
+    if targets.correction is not None:
+        return targets.correction.weights[index], targets.correction.mask[index]
+    made = correct(
+        log_ratios,
+        advantages=tokens.advantages,
+        sequence_ids=tokens.sequence_ids,
+        num_sequences=tokens.num_sequences,
+        settings=settings,
+    )
+    return made.weights, made.mask
 
 
 def _divergence(tokens: LossTokens, reference: Tensor, *, estimator: KlEstimator) -> Tensor:
@@ -147,5 +173,5 @@ def _ratio_sums(
         "importance_weight": used.sum(),
         "importance_weight_squared": used.square().sum(),
         "importance_weight_capped": (ratios > settings.weight_cap).sum(),
-        "kl_behavior": (finite.expm1() - finite).sum(),
+        "kl_behavior": kl.k3(-finite).sum(),
     }

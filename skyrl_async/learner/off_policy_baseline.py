@@ -16,7 +16,7 @@ from torch import Tensor
 
 from skyrl_async.algorithms.advantages import optimal_off_policy_baseline
 from skyrl_async.learner.logprobs import token_logprobs
-from skyrl_async.learner.packing import pack, split_evenly
+from skyrl_async.learner.packing import pack, split_by_cost
 from skyrl_async.learner.rank_group import RankGroup
 from skyrl_async.types import TrainSequence
 
@@ -45,7 +45,7 @@ def with_off_policy_baseline(
     parameters = [p for p in model.parameters() if p.requires_grad]
     log_weights, squared_norms = torch.zeros(2, len(sequences), dtype=torch.float64)
     lengths = [len(s.token_ids) for s in sequences]
-    for index in split_evenly(lengths, num_parts=ranks.num_ranks)[ranks.rank]:
+    for index in split_by_cost(lengths, num_parts=ranks.num_ranks)[ranks.rank]:
         (microbatch,) = pack([sequences[index]], tokens_per_microbatch=1, dtype=parameters[0].dtype)
         with torch.enable_grad():
             logprobs = token_logprobs(model, microbatch)

@@ -58,9 +58,7 @@ def load_model(source: PolicySource) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            source.path, dtype=dtype, attn_implementation="sdpa"
-        )
+        model = AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype)
     except (OSError, ValueError, json.JSONDecodeError) as error:
         raise ValueError(
             f"model.path={source.path}: not a Hugging Face causal LM ({error}); give a folder with "
@@ -72,6 +70,8 @@ def load_model(source: PolicySource) -> Any:
 def skeleton(source: PolicySource) -> Any:
     """Return the model without weights: names, types and shapes of its parameters, tied as in it.
 
+    Its buffers, which no file holds, have their values. The built-in policy has its weights.
+
     Raises:
         ValueError: if the folder holds no causal LM.
     """
@@ -79,6 +79,7 @@ def skeleton(source: PolicySource) -> Any:
 
     if source.path is None:
         return load_model(source)
+    from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
@@ -87,8 +88,10 @@ def skeleton(source: PolicySource) -> Any:
         raise ValueError(
             f"model.path={source.path}: not a Hugging Face causal LM ({error})"
         ) from error
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, source.dtype))
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, source.dtype))
+    model.tie_weights()
+    return model.eval()
 
 
 def vocabulary_size(source: PolicySource) -> int:

@@ -12,15 +12,15 @@ from torch import Tensor
 
 from skyrl_async.algorithms.aggregation import aggregation_weights
 from skyrl_async.algorithms.composition import Correction, correct
+from skyrl_async.algorithms.off_policy_returns import retrace, vtrace
 from skyrl_async.algorithms.returns import (
     Returns,
     gae,
     length_adaptive_lambdas,
     reinforce_plus_plus_returns,
-    retrace,
     turn_level_gae,
-    vtrace,
 )
+from skyrl_async.algorithms.reward_shaping import kl_in_reward
 from skyrl_async.algorithms.tokens import sequence_sums
 from skyrl_async.learner.algorithm_settings import AlgorithmSettings
 from skyrl_async.learner.critic import ValueTargets
@@ -38,6 +38,7 @@ class Targets:
         correction: None likewise.
         reference_logprobs: None without a reference policy.
         values: None without a critic.
+        teacher_divergence: mean of log policy minus log teacher, a number; None without a teacher.
     """
 
     advantages: Tensor
@@ -46,6 +47,7 @@ class Targets:
     correction: Correction | None = None
     reference_logprobs: Tensor | None = None
     values: ValueTargets | None = None
+    teacher_divergence: float | None = None
 
 
 @torch.no_grad()
@@ -139,7 +141,7 @@ def _advantages(
         return batch.advantages + _centered_by_prompt(to_go, batch), None
     rewards = batch.token_rewards()
     if kl is not None:
-        rewards = rewards - settings.kl.coefficient * kl
+        rewards = kl_in_reward(rewards, kl, coefficient=settings.kl.coefficient)
     returns = _returns(batch, settings, rewards, _needed(values, "values"), proximal_logprobs)
     return returns.advantages, returns
 

@@ -45,6 +45,14 @@ METRICS: tuple[Metric, ...] = (
     Metric("reward/std", "", "standard deviation of the same", "train", "reward spread"),
     Metric("loss/policy", "", "policy loss", "train", "policy loss"),
     Metric("loss/value", "", "value loss", "train", "value loss"),
+    Metric("learner/skipped_minibatches", "", "left out: loss or gradient not finite", "train"),
+    Metric(
+        "distillation/reverse_kl",
+        "nats",
+        "policy to teacher, at the start of the step",
+        "train",
+        "divergence from the teacher",
+    ),
     Metric("loss/kl", "", "penalty for leaving the reference", "train", "KL penalty"),
     Metric("policy/entropy", "nats", "mean entropy of a token", "train", "entropy"),
     Metric("policy/grad_norm", "", "gradient norm before clipping", "train", "gradient norm"),
@@ -138,6 +146,7 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric("buffer/groups", "", "groups in the replay buffer", "buffer", "groups"),
     Metric("buffer/bytes", "bytes", "their size", "buffer", "bytes"),
+    Metric("checkpoint/save_s", "s", "from the copy until a checkpoint was whole", "sync"),
     Metric("guard/<action>", "", "actions of the collapse guard", "off-policy"),
     Metric("dropped/<reason>", "", "left untrained during the step", "buffer", "dropped"),
 )

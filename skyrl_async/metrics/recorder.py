@@ -41,14 +41,20 @@ class Recorder:
     Args:
         sinks: written in this order.
         clock: seconds that never go back.
+        seconds_before: of a run that goes on, added to all times.
     """
 
     def __init__(
-        self, sinks: Sequence[Sink], *, clock: Callable[[], float] = time.monotonic
+        self,
+        sinks: Sequence[Sink],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        seconds_before: float = 0.0,
     ) -> None:
         self._sinks = tuple(sinks)
         self._clock = clock
-        self._start = self._interval_start = clock()
+        self._interval_start = clock()
+        self._start = self._interval_start - seconds_before
         self._lock = threading.Lock()
         self._step: int | None = None
         self._gauges: dict[str, float] = {}

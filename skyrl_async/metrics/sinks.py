@@ -59,14 +59,30 @@ class JsonlSink:
 
 def _keep_until(path: Path, *, step: int) -> None:
     """Rewrite a JSONL file with its whole lines up to ``step``, atomically."""
-    kept: list[str] = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if not line.endswith("\n") or json.loads(line)["step"] > step:
-            break
-        kept.append(line)
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(kept), encoding="utf-8")
+    partial = path.with_name(f".{path.name}.partial")
+    with (
+        path.open(encoding="utf-8", errors="replace") as old,
+        partial.open("w", encoding="utf-8") as new,
+    ):
+        for line in old:
+            # A crash of the machine can leave any bytes behind the last line that was synced.
+            number = _step_of(line)
+            if number is None or number > step:
+                break
+            new.write(line)
+        new.flush()
+        os.fsync(new.fileno())
     partial.replace(path)
+
+
+def _step_of(line: str) -> int | None:
+    """Return the step of a line, None if it was cut off."""
+    if not line.endswith("\n"):
+        return None
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return None
 
 
 class TensorBoardSink:

@@ -11,12 +11,16 @@ from skyrl_async.config import Config
 from skyrl_async.rollout.endpoint import EngineEndpoint
 
 if TYPE_CHECKING:
+    from skyrl_async.learner.lora_merge import AdapterMerger
     from skyrl_async.rollout.actor import Engine
     from skyrl_async.rollout.embedded_engine import EmbeddedEngine
     from skyrl_async.rollout.engine_pool import EnginePool
+    from skyrl_async.weight_sync.layout import WeightLayout
     from skyrl_async.weight_sync.receiving import Address
 
 _EVALUATION_SEED = 1
+_SEEDS_APART = 1_000_003
+"""Between the seeds of two policy versions from which a run may go on; more than it has actors."""
 
 
 class EmbeddedEngines:
@@ -25,9 +29,10 @@ class EmbeddedEngines:
     Args:
         config: of the run.
         index: of the actor, from 0.
+        start_version: policy version from which the run goes on.
     """
 
-    def __init__(self, config: Config, *, index: int) -> None:
+    def __init__(self, config: Config, *, index: int, start_version: int = 0) -> None:
         import torch
 
         from skyrl_async.learner.policy import load_model
@@ -35,8 +40,11 @@ class EmbeddedEngines:
 
         self._config = config
         torch.set_num_threads(config.engine.num_threads)
-        self._model = load_model(policy_source(config)).requires_grad_(False)
-        self._engine = self._make(self._model, seed=config.seed + index)
+        model = load_model(policy_source(config)).requires_grad_(False)
+        self._model = model.to(config.engine.device)
+        self._merger = self._make_merger()
+        seed = config.seed + index + _SEEDS_APART * start_version
+        self._engine = self._make(self._model, seed=seed)
         self._receiver: Any = None
 
     @property
@@ -59,7 +67,6 @@ class EmbeddedEngines:
             address: of this engine's sender.
             on_swap: called after every swap.
         """
-        from skyrl_async.weight_sync.layout import WeightLayout
         from skyrl_async.weight_sync.receiver import WeightReceiver
         from skyrl_async.weight_sync.receiving import receiving_end
 
@@ -71,11 +78,12 @@ class EmbeddedEngines:
             on_swap()
 
         def load(weights: Mapping[str, Any], policy_version: int) -> None:
+            if self._merger is not None:
+                weights = self._merger.merge(weights)
             swapping = asyncio.run_coroutine_threadsafe(swap(weights, policy_version), loop)
             swapping.result(timeout_s)
 
-        expected = WeightLayout.of(self._model.named_parameters())
-        transport = receiving_end(address, expected=expected, policy_version=0)
+        transport = receiving_end(address, expected=self._layout(), policy_version=0)
         self._receiver = WeightReceiver(transport, load)
 
     def set_engines(self, endpoints: Sequence[EngineEndpoint]) -> None:
@@ -95,6 +103,30 @@ class EmbeddedEngines:
         """Stop receiving."""
         if self._receiver is not None:
             await asyncio.to_thread(self._receiver.close)
+
+    def _make_merger(self) -> AdapterMerger | None:
+        """Return what merges published adapters; None where whole weights are published."""
+        from skyrl_async.learner.lora_merge import AdapterMerger
+        from skyrl_async.runtime.settings import lora_settings
+
+        lora = lora_settings(self._config)
+        if lora is None or self._config.lora.publish == "merged":
+            return None
+        return AdapterMerger(self._model, scale=lora.scale)
+
+    def _layout(self) -> WeightLayout:
+        """Return the layout of what is published."""
+        from skyrl_async.weight_sync.layout import WeightLayout
+
+        if self._merger is None:
+            return WeightLayout.of(self._model.named_parameters())
+        from skyrl_async.learner.lora import adapter_parameters, add_adapter
+        from skyrl_async.learner.policy import skeleton
+        from skyrl_async.runtime.settings import lora_settings, policy_source
+
+        model, lora = skeleton(policy_source(self._config)), lora_settings(self._config)
+        assert lora is not None, "there is a merger only with adapters"
+        return WeightLayout.of(adapter_parameters(add_adapter(model, lora)))
 
     def _make(self, model: Any, *, seed: int, policy_version: int = 0) -> EmbeddedEngine:
         from skyrl_async.rollout.embedded_engine import EmbeddedEngine

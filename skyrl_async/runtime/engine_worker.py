@@ -114,11 +114,14 @@ class EngineWorker:
         from skyrl_async.rollout.engine_supervisor import EngineSupervisor
         from skyrl_async.rollout.external_server import ExternalServer
         from skyrl_async.runtime.settings import policy_source
+        from skyrl_async.weight_sync.export_names import export_names
         from skyrl_async.weight_sync.layout import WeightLayout
 
         config = self._config
-        source = policy_source(config)
-        self._layout = WeightLayout.of(skeleton(source).named_parameters())
+        model = skeleton(policy_source(config))
+        # A server knows weights by the names that files have, not by those of this model.
+        published = export_names(model).publish(model.named_parameters())
+        self._layout = WeightLayout.of(published)
         if config.engine.urls:
             self._supervisor = ExternalServer(
                 external_server(config, index=self._index),

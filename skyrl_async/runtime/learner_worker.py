@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from skyrl_async.weight_sync.receiving import Address
     from skyrl_async.weight_sync.transport import WeightSender
 
-_PARTS = ("wait", "prepare", "proximal", "train", "snapshot")
+_PARTS = ("wait", "prepare", "proximal", "train", "snapshot", "checkpoint")
 
 
 class LearnerWorker:
@@ -37,51 +37,74 @@ class LearnerWorker:
         config: of the run.
         rank: in the learner group.
         store_address: where rank 0 hosts the group's store; needed with several ranks.
+        resume_from: checkpoint to go on from; without one, training begins.
     """
 
     def __init__(
-        self, config: Config, *, rank: int = 0, store_address: tuple[str, int] | None = None
+        self,
+        config: Config,
+        *,
+        rank: int = 0,
+        store_address: tuple[str, int] | None = None,
+        resume_from: Path | None = None,
     ) -> None:
         self._config = config
+        self._resume_from = resume_from
         self._rank = rank
         self._store_address = store_address
         self._publisher: Any = None
+        self._snapshots: Any = None
+        self._gatherer: Any = None
         self._store: Any = None
 
     def start(self) -> Mapping[str, Any]:
         """Load the policy and join the learner group; return where this worker runs."""
         import torch
 
-        from skyrl_async.learner.learner import Learner
-        from skyrl_async.learner.policy import load_model
-        from skyrl_async.learner.rank_group import RankGroup
-        from skyrl_async.runtime.settings import learner_settings, policy_source
-        from skyrl_async.weight_sync.snapshot import SnapshotPool
+        from skyrl_async.runtime.learner_build import build_learner, build_ranks
 
         config = self._config
         torch.set_num_threads(config.learner.num_threads)
-        self._ranks = RankGroup(
-            rank=self._rank,
-            num_ranks=config.learner.num_ranks,
-            store_address=self._store_address,
+        self._ranks = build_ranks(config, rank=self._rank, store_address=self._store_address)
+        self._ledger = TimeLedger("learner", parts=_PARTS)
+        self._learner = build_learner(config, self._ranks, ledger=self._ledger)
+        self._open_checkpoints()
+        self._make_snapshots()
+        return {"pid": os.getpid(), "host": socket.gethostname()}
+
+    def _make_snapshots(self) -> None:
+        """Prepare to copy the weights that this rank has its part of."""
+        import torch
+
+        from skyrl_async.runtime.learner_build import export_of, sharded_weights, whole_weights
+        from skyrl_async.runtime.settings import policy_source
+        from skyrl_async.weight_sync.gathering import ShardGatherer
+
+        config, ranks, model = self._config, self._ranks, self._learner.model
+        adapter_alone = config.lora.rank > 0 and config.lora.publish == "adapter"
+        if adapter_alone or ranks.shard_ranks == 1:
+            if self._rank == 0:
+                self._snapshots = whole_weights(config, model)
+            return
+        group = ranks.new_shard_group()
+        if ranks.is_replica:
+            return
+        self._gatherer = ShardGatherer(
+            sharded_weights(model),
+            group=group,
+            publish=self._publish_gathered,
+            dtype=getattr(torch, policy_source(config).dtype),
+            export=export_of(config),
             timeout_s=config.learner.step_timeout_s,
         )
-        # The learner trains in float32 whatever the engines run in: bfloat16 loses small updates.
-        source = policy_source(config)
-        model = load_model(replace(source, dtype="float32"))
-        self._ledger = TimeLedger("learner", parts=_PARTS)
-        reference = None
-        if config.kl.coefficient:
-            reference = load_model(replace(source, dtype="float32")).requires_grad_(False)
-        self._learner = Learner(
-            model,
-            learner_settings(config),
-            reference=reference,
-            ranks=self._ranks,
-            ledger=self._ledger,
-        )
-        self._snapshots = SnapshotPool(model.named_parameters(), dtype=getattr(torch, source.dtype))
-        return {"pid": os.getpid(), "host": socket.gethostname()}
+        # So that there is something to give to engines from the start.
+        self._gatherer.take(self._learner.policy_version)
+
+    def _publish_gathered(self, snapshot: Any) -> None:
+        if self._publisher is None:
+            snapshot.release()
+        else:
+            self._publisher.publish(snapshot)
 
     def open_publisher(self, *, host: str, folder: Path) -> None:
         """Start the publisher, without engines.
@@ -107,8 +130,11 @@ class LearnerWorker:
         self._publisher.remove_engine(engine_id)
 
     def publish_newest(self) -> None:
-        """Publish the present weights to the engines that do not have them."""
-        self._publisher.publish(self._snapshots.take(self._learner.policy_version))
+        """Publish the newest weights that can be had to the engines that do not have them."""
+        if self._gatherer is not None:
+            self._gatherer.publish_newest(timeout_s=self._config.weight_sync.timeout_s)
+        else:
+            self._publisher.publish(self._snapshots.take(self._learner.policy_version))
 
     def _make_sender(self, engine_id: str) -> tuple[WeightSender, Address]:
         from skyrl_async.weight_sync.collective import CollectiveSender
@@ -156,32 +182,76 @@ class LearnerWorker:
     def roll_back(self) -> int:
         """Go back to the copy under a new policy version, and publish it."""
         version = self._learner.roll_back()
-        if self._publisher is not None:
-            self._publisher.publish(self._snapshots.take(version))
+        self._take_snapshot(version)
         return version
 
     def scale_rate(self, factor: float) -> None:
         """Multiply the learning rate of all later steps."""
         self._learner.scale_rate(factor)
 
-    def save_policy(self, folder: Path) -> None:
-        """Write the policy in Hugging Face format."""
-        from skyrl_async.learner.policy import load_tokenizer, save_policy
-        from skyrl_async.runtime.settings import policy_source
+    def _open_checkpoints(self) -> None:
+        """Go on from a checkpoint, if there is one to go on from, and be ready to write others."""
+        from skyrl_async.checkpoint import LEARNER
+        from skyrl_async.learner.training_state import StateWriter, load_training_state
 
-        save_policy(self._learner.model, load_tokenizer(policy_source(self._config)), folder)
+        num_ranks = self._config.learner.num_ranks
+        if self._resume_from is not None:
+            counters = load_training_state(
+                self._learner.training_state(),
+                self._resume_from / LEARNER,
+                rank=self._rank,
+                num_ranks=num_ranks,
+            )
+            self._learner.restore_counters(counters)
+        self._writer = StateWriter(
+            rank=self._rank, num_ranks=num_ranks, timeout_s=self._config.checkpoint.timeout_s
+        )
+
+    def start_checkpoint(self, folder: Path) -> None:
+        """Copy this rank's training state and begin to write it in the background.
+
+        Args:
+            folder: that all ranks share.
+        """
+        with self._ledger.part("checkpoint"):
+            self._writer.start(self._learner.training_state(), folder)
+
+    def finish_checkpoint(self) -> None:
+        """Wait until all ranks have written; another thread may train meanwhile.
+
+        Raises:
+            OSError: if one could not.
+        """
+        self._writer.finish()
+
+    def save_policy(self, folder: Path) -> None:
+        """Write the policy in Hugging Face format; all ranks call this, and rank 0 writes."""
+        from skyrl_async.runtime.learner_build import save_whole_policy
+
+        save_whole_policy(self._learner, self._config, self._ranks, folder)
 
     def close(self) -> None:
         """Stop publishing and leave the learner group."""
+        if self._gatherer is not None:
+            self._gatherer.close()
         if self._publisher is not None:
             self._publisher.close()
         self._ranks.close()
 
+    def _take_snapshot(self, policy_version: int) -> None:
+        """Hand the weights as they are now to what publishes them in the background."""
+        if self._gatherer is not None:
+            self._gatherer.take(policy_version)
+        elif self._publisher is not None:
+            self._publisher.publish(self._snapshots.take(policy_version))
+
     def _publish(self, result: StepResult) -> dict[str, float]:
+        if not result.skipped:
+            self._take_snapshot(result.policy_version)
+        if self._gatherer is not None:
+            self._gatherer.check()
         if self._publisher is None:
             return {}
-        if not result.skipped:
-            self._publisher.publish(self._snapshots.take(result.policy_version))
         self._publisher.check()
         stats = self._publisher.take_stats()
         # Engines that are workers of their own come back by themselves.

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from skyrl_async.config import Config
+from skyrl_async.resume import Resume, start_version
 from skyrl_async.runtime.engine_worker import EngineWorker, server_names
 from skyrl_async.runtime.learner_worker import LearnerWorker
 from skyrl_async.runtime.rollout_worker import RolloutWorker, engine_name
@@ -55,6 +56,14 @@ class LocalLearner:
         """Multiply the learning rate of all later steps."""
         await self.call(self._worker.scale_rate, factor)
 
+    async def start_checkpoint(self, folder: Path) -> None:
+        """Copy the training state, and begin to write it."""
+        await self.call(self._worker.start_checkpoint, folder)
+
+    async def finish_checkpoint(self) -> None:
+        """Return when it is written; steps may go on meanwhile."""
+        await asyncio.to_thread(self._worker.finish_checkpoint)
+
     async def save_policy(self, folder: Path) -> None:
         """Write the policy in Hugging Face format."""
         await self.call(self._worker.save_policy, folder)
@@ -71,19 +80,22 @@ class LocalRuntime:
     Args:
         config: of the run, with one learner rank.
         folder: of the run.
+        resume: where the run goes on, if it does not begin.
     """
 
-    def __init__(self, config: Config, *, folder: Path) -> None:
-        worker = LearnerWorker(config)
+    def __init__(self, config: Config, *, folder: Path, resume: Resume | None = None) -> None:
+        worker = LearnerWorker(config, resume_from=resume.checkpoint if resume else None)
         self.learner = LocalLearner(worker)
         self.rollouts: Mapping[str, RolloutWorker] = {
-            engine_name(i): RolloutWorker(config, index=i) for i in range(config.rollout.num_actors)
+            engine_name(i): RolloutWorker(config, index=i, start_version=start_version(resume))
+            for i in range(config.rollout.num_actors)
         }
         self.engines: Mapping[str, EngineWorker] = {
             name: EngineWorker(config, index=i, folder=folder)
             for i, name in enumerate(server_names(config))
         }
         self._learner_worker = worker
+        self._resume = resume
         self._folder = folder
 
     async def start(self, status: Callable[[str], None]) -> Mapping[str, Any]:
@@ -102,6 +114,9 @@ class LocalRuntime:
             return {**where, **dict(zip(self.engines, places, strict=True))}
         for name, worker in self.rollouts.items():
             await worker.connect(await self.learner.open_pair(name))
+        if self._resume is not None:
+            # Engines have the initial weights; the coordinator lets none play before these.
+            await self.learner.publish_newest()
         return where
 
     async def close(self) -> None:

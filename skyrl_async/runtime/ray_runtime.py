@@ -11,11 +11,15 @@ from typing import Any
 
 import ray
 import ray.exceptions
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.util.scheduling_strategies import (
+    NodeAffinitySchedulingStrategy,
+    PlacementGroupSchedulingStrategy,
+)
 
 from skyrl_async.config import Config
 from skyrl_async.coordination.coordinator import WorkerFailed
 from skyrl_async.coordination.engine_fleet import EngineReport
+from skyrl_async.resume import Resume, start_version
 from skyrl_async.rollout.endpoint import EngineEndpoint
 from skyrl_async.runtime.engine_worker import EngineWorker, server_names
 from skyrl_async.runtime.learner_worker import LearnerWorker
@@ -29,6 +33,8 @@ from skyrl_async.types import (
     Task,
 )
 from skyrl_async.weight_sync.receiving import Address
+
+_CHECKPOINT = "checkpoint"
 
 
 class RayRolloutActor(RolloutWorker):
@@ -159,9 +165,23 @@ class RemoteLearner:
         calls = [_answer(handle.scale_rate.remote(factor)) for handle in self._handles]
         await asyncio.gather(*calls)
 
+    async def start_checkpoint(self, folder: Path) -> None:
+        """Copy the training state on all ranks, and begin to write it."""
+        calls = [_answer(handle.start_checkpoint.remote(folder)) for handle in self._handles]
+        await asyncio.gather(*calls)
+
+    async def finish_checkpoint(self) -> None:
+        """Return when all ranks have written; steps may go on meanwhile."""
+        calls = [
+            _answer(handle.finish_checkpoint.options(concurrency_group=_CHECKPOINT).remote())
+            for handle in self._handles
+        ]
+        await asyncio.gather(*calls)
+
     async def save_policy(self, folder: Path) -> None:
-        """Write the policy in Hugging Face format."""
-        await _answer(self._handles[0].save_policy.remote(folder))
+        """Write the policy in Hugging Face format; all ranks give their part of it."""
+        calls = [_answer(handle.save_policy.remote(folder)) for handle in self._handles]
+        await asyncio.gather(*calls)
 
 
 class RayRuntime:
@@ -170,9 +190,11 @@ class RayRuntime:
     Args:
         config: of the run.
         folder: of the run; on a cluster it must be shared by all nodes.
+        resume: where the run goes on, if it does not begin.
     """
 
-    def __init__(self, config: Config, *, folder: Path) -> None:
+    def __init__(self, config: Config, *, folder: Path, resume: Resume | None = None) -> None:
+        self._resume = resume
         self._config = config
         self._folder = folder
         self._learners: list[Any] = []
@@ -239,12 +261,18 @@ class RayRuntime:
 
     def _create_actors(self) -> None:
         config = self._config
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-        learner_class = ray.remote(RayLearnerRank).options(
-            num_cpus=config.cluster.learner_cpus, scheduling_strategy=here
+        # Waiting for a checkpoint has a thread of its own, so that steps go on meanwhile.
+        threads: dict[str, Any] = {"concurrency_groups": {_CHECKPOINT: 1}}
+        num_gpus = config.cluster.learner_gpus if config.learner.device == "cuda" else 0
+        learner_class = ray.remote(**threads)(RayLearnerRank).options(
+            num_cpus=config.cluster.learner_cpus,
+            num_gpus=num_gpus,
+            scheduling_strategy=self._learner_placement(num_gpus),
         )
+        resume_from = self._resume.checkpoint if self._resume is not None else None
         self._learners = [
-            learner_class.remote(config, rank=rank) for rank in range(config.learner.num_ranks)
+            learner_class.remote(config, rank=rank, resume_from=resume_from)
+            for rank in range(config.learner.num_ranks)
         ]
         spread = config.cluster.address is not None and config.cluster.spread
         actor_class = ray.remote(RayRolloutActor).options(
@@ -253,7 +281,9 @@ class RayRuntime:
             scheduling_strategy="SPREAD" if spread else "DEFAULT",
         )
         for index in range(config.rollout.num_actors):
-            self._actors[engine_name(index)] = actor_class.remote(config, index=index)
+            self._actors[engine_name(index)] = actor_class.remote(
+                config, index=index, start_version=start_version(self._resume)
+            )
         engine_class = ray.remote(RayEngineWorker).options(
             num_cpus=config.cluster.engine_cpus,
             num_gpus=config.engine.gpus_per_engine,
@@ -264,6 +294,16 @@ class RayRuntime:
             self._engine_actors[name] = engine_class.remote(
                 config, index=index, folder=self._folder
             )
+
+    def _learner_placement(self, num_gpus: float) -> Any:
+        """Keep ranks together: a single one on this node, several packed onto few nodes."""
+        cluster, num_ranks = self._config.cluster, self._config.learner.num_ranks
+        if num_ranks == 1:
+            node = ray.get_runtime_context().get_node_id()
+            return NodeAffinitySchedulingStrategy(node, soft=True)
+        bundle = {"CPU": cluster.learner_cpus, **({"GPU": num_gpus} if num_gpus else {})}
+        group = ray.util.placement_group([bundle] * num_ranks, strategy="PACK")
+        return PlacementGroupSchedulingStrategy(group)
 
     async def _start_workers(self, status: Callable[[str], None]) -> Mapping[str, Any]:
         host = await self._bind_address()
@@ -283,6 +323,9 @@ class RayRuntime:
         if not self._engine_actors:
             for name, handle in self._actors.items():
                 await _answer(handle.connect.remote(await self.learner.open_pair(name)))
+            if self._resume is not None:
+                # Engines have the initial weights; the coordinator lets none play before these.
+                await self.learner.publish_newest()
         return dict(zip(named, places, strict=True))
 
     async def _bind_address(self) -> str:

@@ -33,9 +33,11 @@ class RolloutWorker:
     Args:
         config: of the run.
         index: of this actor, from 0.
+        start_version: policy version from which the run goes on; its random numbers are others.
     """
 
-    def __init__(self, config: Config, *, index: int) -> None:
+    def __init__(self, config: Config, *, index: int, start_version: int = 0) -> None:
+        self._start_version = start_version
         self._config = config
         self._index = index
         self._running: asyncio.Task[None] | None = None
@@ -53,7 +55,9 @@ class RolloutWorker:
         source = policy_source(config)
         self._engines: EmbeddedEngines | ServerEngines
         if config.engine.kind == "embedded":
-            self._engines = EmbeddedEngines(config, index=self._index)
+            self._engines = EmbeddedEngines(
+                config, index=self._index, start_version=self._start_version
+            )
         else:
             self._engines = ServerEngines(config, vocab_size=vocabulary_size(source))
         chat = Chat(load_tokenizer(source))

@@ -5,12 +5,30 @@ from __future__ import annotations
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from skyrl_async.types import WeightManifest
 from skyrl_async.weight_sync.layout import FlatBuffer, WeightLayout, untied
+
+
+class WeightSource(Protocol):
+    """A weight that is computed where it is written to.
+
+    Attributes:
+        base: a tensor of its shape and type.
+    """
+
+    @property
+    def base(self) -> Tensor:
+        """A tensor of its shape and type."""
+        ...
+
+    def write_to(self, out: Tensor) -> None:
+        """Write its present value."""
+        ...
 
 
 class WeightSnapshot:
@@ -60,8 +78,7 @@ class WeightSnapshot:
         """
         with self._lock:
             if self._manifest is None:
-                if self._ready is not None:
-                    self._ready.synchronize()
+                self.wait_for_copy()
                 self._manifest = WeightManifest(
                     policy_version=self.policy_version,
                     names=self.layout.names,
@@ -70,6 +87,11 @@ class WeightSnapshot:
                     checksum=zlib.crc32(self._buffer.data),
                 )
             return self._manifest
+
+    def wait_for_copy(self) -> None:
+        """Wait until a copy from a GPU is complete."""
+        if self._ready is not None:
+            self._ready.synchronize()
 
     def release(self) -> None:
         """Give the buffer back to the pool; later calls do nothing."""
@@ -85,7 +107,8 @@ class SnapshotPool:
     Three suffice: one version in flight, one waiting, one being written.
 
     Args:
-        named_parameters: the local weights; optimizers must change them in place.
+        named_parameters: the local weights, which optimizers must change in place, or what
+            computes them.
         dtype: of the published floating-point tensors; None keeps each parameter's own.
         num_buffers: snapshots that may exist at once.
 
@@ -95,17 +118,19 @@ class SnapshotPool:
 
     def __init__(
         self,
-        named_parameters: Iterable[tuple[str, Tensor]],
+        named_parameters: Iterable[tuple[str, Tensor | WeightSource]],
         *,
         dtype: torch.dtype | None = None,
         num_buffers: int = 3,
     ) -> None:
         if num_buffers < 1:
             raise ValueError(f"num_buffers must be >= 1, got {num_buffers}")
-        kept = untied(named_parameters)
+        named = list(named_parameters)
+        kept = untied((n, w if isinstance(w, Tensor) else w.base) for n, w in named)
         self.layout = WeightLayout.of(kept, dtype=dtype)
-        self._sources = [tensor for _, tensor in kept]
-        self._on_gpu = any(tensor.is_cuda for tensor in self._sources)
+        self._computed = {n: w for n, w in named if not isinstance(w, Tensor)}
+        self._copied = [(name, tensor) for name, tensor in kept if name not in self._computed]
+        self._on_gpu = any(tensor.is_cuda for _, tensor in kept)
         self._num_buffers = num_buffers
         self._free = [FlatBuffer(self.layout, pinned=self._on_gpu) for _ in range(num_buffers)]
         self._lock = threading.Lock()
@@ -129,9 +154,14 @@ class SnapshotPool:
                 )
             buffer = self._free.pop()
         with torch.no_grad():
-            torch._foreach_copy_(
-                list(buffer.tensors.values()), self._sources, non_blocking=self._on_gpu
-            )
+            if self._copied:
+                torch._foreach_copy_(
+                    [buffer.tensors[name] for name, _ in self._copied],
+                    [tensor for _, tensor in self._copied],
+                    non_blocking=self._on_gpu,
+                )
+            for name, source in self._computed.items():
+                source.write_to(buffer.tensors[name])
         ready = None
         if self._on_gpu:
             ready = torch.cuda.Event()

@@ -13,7 +13,6 @@ from skyrl_async.algorithms.behavior_losses import (
     dppo_tv,
     m2_mask,
     m2po,
-    squared_log_ratio,
     topr_token,
 )
 from tests.algorithms.literal_losses import (
@@ -169,11 +168,3 @@ def test_topr_token_tapers_only_bad_tokens_that_became_unlikely():
     ):
         tokens = token(probability, 0.1, advantage)
         assert gradients(topr_token(tokens), tokens) == pytest.approx([-advantage * weight])
-
-
-def test_squared_log_ratio_is_the_square_and_its_slope_leads_back():
-    tokens = token(0.2, 0.1, 1.0)
-    penalty = squared_log_ratio(tokens)
-    (gradient,) = torch.autograd.grad(penalty.sum(), tokens.current_logprobs)
-    assert penalty.tolist() == pytest.approx([math.log(2.0) ** 2])
-    assert gradient.tolist() == pytest.approx([2 * math.log(2.0)])

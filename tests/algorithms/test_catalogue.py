@@ -1,15 +1,31 @@
 import json
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 
 import skyrl_async.algorithms.__main__ as catalogue_command
+from skyrl_async import config_algorithm
 from skyrl_async.algorithms import advantages
 from skyrl_async.algorithms.__main__ import as_json, as_markdown, main
 from skyrl_async.algorithms.catalogue import check_loss, entries, find_loss, losses
-from skyrl_async.config_algorithm import ADVANTAGES, BEHAVIOR_LOSSES, PROXIMAL_LOSSES
+from skyrl_async.algorithms.composition import CorrectionSettings
+from skyrl_async.config_algorithm import (
+    ADVANTAGES,
+    BEHAVIOR_LOSSES,
+    PROXIMAL_LOSSES,
+    AlgorithmSection,
+    CorrectionSection,
+    CriticSection,
+    KlSection,
+)
 from skyrl_async.config_loading import PRESETS, ConfigError, load_config
-from skyrl_async.learner.algorithm_settings import VALUE_ESTIMATORS
+from skyrl_async.learner.algorithm_settings import (
+    VALUE_ESTIMATORS,
+    AlgorithmSettings,
+    KlSettings,
+)
+from skyrl_async.learner.critic import CriticSettings
 from skyrl_async.runtime.settings import algorithm_settings
 
 PRESET_NAMES = sorted(p.stem for p in PRESETS.glob("*.yaml"))
@@ -55,6 +71,32 @@ def test_the_configuration_knows_exactly_the_estimators_that_there_are():
             continue
         assert len(advantages.estimate(name, [0.0, 1.0, 1.0, 0.0], [0, 0, 1, 1])) == 4
     assert set(VALUE_ESTIMATORS) < set(ADVANTAGES)
+
+
+def choices(owner: type, name: str) -> tuple[str, ...]:
+    """Return the values that a field of a configuration section or of settings may have."""
+    return get_args(get_type_hints(owner)[name])
+
+
+@pytest.mark.parametrize(
+    ("section", "settings", "names"),
+    [
+        (AlgorithmSection, AlgorithmSettings, ("proximal", "aggregation")),
+        (KlSection, KlSettings, ("estimator", "placement")),
+        (CorrectionSection, CorrectionSettings, ("k_level",)),
+    ],
+)
+def test_the_configuration_has_the_choices_that_the_learner_has(section, settings, names):
+    for name in names:
+        assert choices(section, name) == choices(settings, name) != (), name
+
+
+def test_the_configuration_has_all_weights_estimators_with_values_and_critics():
+    weights = choices(CorrectionSettings, "weight")
+    assert get_args(config_algorithm.WeightKind) == weights
+    assert choices(CorrectionSection, "weight") == ("auto", *weights)
+    assert config_algorithm.VALUE_ESTIMATORS == VALUE_ESTIMATORS
+    assert set(choices(CriticSection, "kind")) == {"none", *choices(CriticSettings, "kind")}
 
 
 def test_the_command_line_prints_every_entry(capsys):

@@ -7,7 +7,8 @@ import torch
 rlax = pytest.importorskip("rlax")
 jax = pytest.importorskip("jax")
 
-from skyrl_async.algorithms.returns import gae, vtrace  # noqa: E402
+from skyrl_async.algorithms.off_policy_returns import vtrace  # noqa: E402
+from skyrl_async.algorithms.returns import gae  # noqa: E402
 
 pytestmark = pytest.mark.peers
 

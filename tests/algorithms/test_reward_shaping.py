@@ -2,10 +2,13 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from skyrl_async.algorithms.reward_shaping import kl_in_reward, overlong_penalty
+
+F64 = torch.float64
 
 
 def literal_overlong(length: float, max_length: int, buffer: int) -> float:
@@ -18,30 +21,32 @@ def literal_overlong(length: float, max_length: int, buffer: int) -> float:
 
 @given(st.lists(st.tuples(st.floats(-5, 5), st.floats(-5, 5)), max_size=20), st.floats(0, 2))
 def test_kl_in_reward_equals_the_literal_formula(tokens, coefficient):
-    rewards, log_ratios = np.array([t[0] for t in tokens]), np.array([t[1] for t in tokens])
+    rewards, log_ratios = (torch.tensor([t[i] for t in tokens], dtype=F64) for i in (0, 1))
     expected = [reward - coefficient * log_ratio for reward, log_ratio in tokens]
     shaped = kl_in_reward(rewards, log_ratios, coefficient=coefficient)
     assert shaped.tolist() == pytest.approx(expected, abs=1e-10)
 
 
 def test_kl_in_reward_at_the_reference_or_without_coefficient_is_the_reward():
-    rewards = np.array([0.0, 0.0, 1.0])
-    assert kl_in_reward(rewards, np.zeros(3), coefficient=0.1).tolist() == rewards.tolist()
-    assert kl_in_reward(rewards, np.ones(3), coefficient=0.0).tolist() == rewards.tolist()
+    rewards = torch.tensor([0.0, 0.0, 1.0])
+    assert torch.equal(kl_in_reward(rewards, torch.zeros(3), coefficient=0.1), rewards)
+    assert torch.equal(kl_in_reward(rewards, torch.ones(3), coefficient=0.0), rewards)
 
 
-def test_kl_in_reward_leaves_its_arguments_as_they_were():
-    rewards, log_ratios = np.zeros(2), np.ones(2)
+def test_kl_in_reward_leaves_its_arguments_as_they_were_and_carries_no_gradient():
+    rewards, log_ratios = torch.zeros(2), torch.ones(2, requires_grad=True)
     shaped = kl_in_reward(rewards, log_ratios, coefficient=0.5)
     assert (rewards.tolist(), log_ratios.tolist()) == ([0.0, 0.0], [1.0, 1.0])
     assert shaped.tolist() == [-0.5, -0.5]
+    assert not shaped.requires_grad
 
 
 def test_kl_in_reward_refuses_unequal_shapes_and_negative_coefficients():
-    with pytest.raises(ValueError, match="differ in shape"):
-        kl_in_reward(np.zeros(2), np.zeros(1), coefficient=0.1)
-    with pytest.raises(ValueError, match=r"coefficient=-0\.1"):
-        kl_in_reward(np.zeros(2), np.zeros(2), coefficient=-0.1)
+    with pytest.raises(ValueError, match=r"rewards \(2,\) and log ratios \(1,\) differ in shape"):
+        kl_in_reward(torch.zeros(2), torch.zeros(1), coefficient=0.1)
+    for coefficient in (-0.1, float("nan")):
+        with pytest.raises(ValueError, match=f"coefficient={coefficient}"):
+            kl_in_reward(torch.zeros(2), torch.zeros(2), coefficient=coefficient)
 
 
 @given(st.lists(st.integers(0, 400), max_size=20), st.integers(1, 300), st.integers(1, 300))

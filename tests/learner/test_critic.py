@@ -10,7 +10,9 @@ from skyrl_async.algorithms.policy_losses import reinforce
 from skyrl_async.learner.algorithm_settings import VALUE_ESTIMATORS, AlgorithmSettings
 from skyrl_async.learner.critic import Critic, CriticSettings, ValueTargets
 from skyrl_async.learner.learner import Learner, LearnerSettings
+from skyrl_async.learner.logprobs import PolicyModule
 from skyrl_async.learner.loss_batch import LossBatch
+from skyrl_async.learner.optimizer import OptimizerSettings
 from skyrl_async.learner.packing import pack
 from skyrl_async.learner.rank_group import RankGroup
 from skyrl_async.learner.sequences import make_sequences
@@ -27,7 +29,9 @@ def model():
 def test_values_approach_their_targets(kind):
     policy = model()
     critic = Critic(
-        policy, CriticSettings(kind=kind, learning_rate=1e-2, clip=None), ranks=RankGroup()
+        PolicyModule(policy),
+        CriticSettings(kind=kind, learning_rate=1e-2, clip=None),
+        ranks=RankGroup(),
     )
     sequences = make_sequences(random_batch(0, train_version=3).groups, advantage=GRPO)
     batch = LossBatch.of(sequences, dtype=torch.float32)
@@ -64,7 +68,7 @@ def test_a_critic_that_is_not_finite_undoes_the_step():
     learner = Learner(model(), LearnerSettings(algorithm=algorithm))
     learner.step(random_batch(0, train_version=0))
     before = [p.detach().clone() for p in learner.model.parameters()]
-    head = learner._critic._head.bias
+    head = learner.critic.trainer.module.head.bias
     with torch.no_grad():
         head.fill_(float("nan"))
     assert learner.step(random_batch(1, train_version=1)).skipped
@@ -85,9 +89,14 @@ def test_vtrace_does_not_apply_the_importance_weight_twice():
     gradients = []
     for algorithm in (plain, weighted):
         learner = Learner(
-            model(), LearnerSettings(algorithm=algorithm, num_minibatches=1, max_grad_norm=1e9)
+            model(),
+            LearnerSettings(
+                algorithm=algorithm,
+                num_minibatches=1,
+                optimizer=OptimizerSettings(max_grad_norm=1e9),
+            ),
         )
-        step = learner._optimizer.step
+        step = learner.trainer.optimizer.step
         seen: list[torch.Tensor] = []
         gradients.append(seen)
 
@@ -95,7 +104,7 @@ def test_vtrace_does_not_apply_the_importance_weight_twice():
             seen.extend(p.grad.clone() for p in learner.model.parameters())
             step()
 
-        learner._optimizer.step = capture
+        learner.trainer.optimizer.step = capture
         learner.step(random_batch(0, train_version=0))
     assert gradients[0]
     for a, b in zip(*gradients, strict=True):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
+from torch.distributed.tensor import DTensor
 
 from skyrl_async.algorithms.advantages import estimate
 from skyrl_async.algorithms.composition import CorrectionSettings
@@ -14,6 +15,7 @@ from skyrl_async.learner.algorithm_settings import AlgorithmSettings, KlSettings
 from skyrl_async.learner.critic import CriticSettings
 from skyrl_async.learner.learner import Learner, LearnerSettings
 from skyrl_async.learner.off_policy_baseline import with_off_policy_baseline
+from skyrl_async.learner.optimizer import OptimizerSettings
 from skyrl_async.learner.rank_group import RankGroup
 from skyrl_async.learner.sequences import make_sequences
 from skyrl_async.learner.tiny_policy import build_tiny_model
@@ -24,6 +26,9 @@ from tests.records import make_trajectory, make_turn, random_batch
 def small_learner(*, algorithm: AlgorithmSettings | None = None, **settings) -> Learner:
     if algorithm is not None:
         settings["algorithm"] = algorithm
+    names = [name for name in settings if name in OptimizerSettings.__dataclass_fields__]
+    if names:
+        settings["optimizer"] = OptimizerSettings(**{n: settings.pop(n) for n in names})
     return Learner(build_tiny_model(hidden_size=16, num_heads=2), LearnerSettings(**settings))
 
 
@@ -92,13 +97,13 @@ def test_first_optimizer_step_equals_the_literal_gradient():
     (torch.stack(terms).sum() / count).backward()
     before = weights_of(learner)
     captured = {}
-    step = learner._optimizer.step
+    step = learner.trainer.optimizer.step
 
     def capture() -> None:
         captured.update({n: p.grad.clone() for n, p in learner.model.named_parameters()})
         step()
 
-    learner._optimizer.step = capture
+    learner.trainer.optimizer.step = capture
     learner.step(batch)
     for name, parameter in reference.named_parameters():
         torch.testing.assert_close(captured[name].double(), parameter.grad, rtol=1e-4, atol=1e-7)
@@ -121,11 +126,11 @@ def test_a_nonfinite_gradient_changes_nothing_and_is_reported(num_minibatches):
         num_minibatches=num_minibatches,
     )
     learner.step(random_batch(3, train_version=0))
-    before, state = weights_of(learner), copy.deepcopy(learner._optimizer.state_dict())
+    before, state = weights_of(learner), copy.deepcopy(learner.trainer.optimizer.state_dict())
     result = learner.step(with_logprobs(random_batch(4, train_version=1), -1e30))
     assert result.skipped and result.policy_version == 1
     assert same(before, weights_of(learner))
-    after = learner._optimizer.state_dict()
+    after = learner.trainer.optimizer.state_dict()
     for index, moments in state["state"].items():
         for name, value in moments.items():
             assert torch.equal(value, after["state"][index][name])
@@ -133,23 +138,26 @@ def test_a_nonfinite_gradient_changes_nothing_and_is_reported(num_minibatches):
     assert not learner.step(random_batch(5, train_version=1)).skipped
 
 
-def test_a_nonfinite_second_minibatch_undoes_the_first():
+def test_a_minibatch_that_is_not_finite_is_left_out_of_the_step():
+    """Weights, moments and metrics are those of a step on the other minibatch alone."""
     learner = small_learner()
-    before = weights_of(learner)
-    calls = []
-    real = learner._apply
+    real, calls, after_first = learner.trainer.apply, [], []
 
-    def fail_second(loss, sums, **options):
+    def fail_second(loss, **options):
         calls.append(1)
         if len(calls) == 2:
-            learner._parameters[0].grad.fill_(float("nan"))
-        return real(loss, sums, **options)
+            after_first.append(weights_of(learner))
+            learner.trainer.parameters[0].grad.fill_(float("nan"))
+        return real(loss, **options)
 
-    learner._apply = fail_second
-    assert learner.step(random_batch(6, train_version=0)).skipped
-    assert same(before, weights_of(learner))
-    assert learner.optimizer_steps == 0
-    assert not learner._optimizer.state_dict()["state"]
+    learner.trainer.apply = fail_second
+    result = learner.step(random_batch(6, train_version=0))
+    assert not result.skipped and learner.policy_version == 1
+    assert result.metrics["learner/skipped_minibatches"] == 1
+    assert same(after_first[0], weights_of(learner))
+    assert learner.optimizer_steps == 1
+    clean = small_learner().step(random_batch(6, train_version=0))
+    assert 0 < result.metrics["learner/loss_tokens"] < clean.metrics["learner/loss_tokens"]
 
 
 def test_masked_tokens_change_nothing_but_the_baseline():
@@ -197,22 +205,41 @@ ALGORITHMS = {
 }
 
 
+def full(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def _train_rank(
-    rank: int, num_ranks: int, port: int, dtype: str, folder: str, algorithm: str = "plain"
+    rank: int,
+    num_ranks: int,
+    port: int,
+    dtype: str,
+    folder: str,
+    algorithm: str = "plain",
+    shard_ranks: int = 1,
+    sequence_ranks: int = 1,
 ) -> None:
     torch.set_num_threads(1)
-    ranks = RankGroup(rank=rank, num_ranks=num_ranks, store_address=("127.0.0.1", port))
+    ranks = RankGroup(
+        rank=rank,
+        num_ranks=num_ranks,
+        store_address=("127.0.0.1", port),
+        shard_ranks=shard_ranks,
+        sequence_ranks=sequence_ranks,
+    )
     model = build_tiny_model(hidden_size=16, num_heads=2).to(getattr(torch, dtype))
-    settings = LearnerSettings(algorithm=ALGORITHMS[algorithm], max_grad_norm=1e9)
+    settings = LearnerSettings(
+        algorithm=ALGORITHMS[algorithm], optimizer=OptimizerSettings(max_grad_norm=1e9)
+    )
     learner = Learner(model, settings, ranks=ranks)
     gradients = []
-    step = learner._optimizer.step
+    step = learner.trainer.optimizer.step
 
     def capture() -> None:
-        gradients.append([p.grad.clone() for p in model.parameters()])
+        gradients.append([full(p.grad).clone() for p in learner.trainer.parameters])
         step()
 
-    learner._optimizer.step = capture
+    learner.trainer.optimizer.step = capture
     # 3 trajectories over 2 minibatches: with 2 ranks, one rank has no token in one of them.
     batch = random_batch(7, train_version=0, num_groups=1, group_size=3)
     result = learner.step(batch)
@@ -221,19 +248,32 @@ def _train_rank(
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "dtype", "tolerance"),
-    [("plain", "float32", 1e-5), *((name, "float64", 1e-10) for name in ALGORITHMS)],
+    ("num_ranks", "shard_ranks", "sequence_ranks", "algorithm", "dtype", "tolerance"),
+    [
+        (2, 1, 1, "plain", "float32", 1e-5),
+        *((2, 1, 1, name, "float64", 1e-10) for name in ALGORITHMS),
+        (2, 2, 1, "plain", "float32", 1e-5),
+        (2, 2, 1, "plain", "float64", 1e-10),
+        (2, 2, 1, "critic", "float64", 1e-10),
+        (4, 4, 1, "masks", "float64", 1e-10),
+        (4, 2, 1, "plain", "float64", 1e-10),
+        (2, 2, 2, "plain", "float32", 1e-5),
+        (2, 1, 2, "masks", "float64", 1e-10),
+        (4, 4, 2, "plain", "float64", 1e-10),
+    ],
 )
-def test_two_ranks_have_the_gradient_of_one(tmp_path: Path, free_port, algorithm, dtype, tolerance):
+def test_ranks_have_the_gradient_of_one(
+    tmp_path: Path, free_port, num_ranks, shard_ranks, sequence_ranks, algorithm, dtype, tolerance
+):
     _train_rank(0, 1, 0, dtype, str(tmp_path), algorithm)
     alone, metrics_alone, counts_alone = torch.load(tmp_path / "0.pt")
     mp.start_processes(
         _train_rank,
-        args=(2, free_port, dtype, str(tmp_path), algorithm),
-        nprocs=2,
+        args=(num_ranks, free_port, dtype, str(tmp_path), algorithm, shard_ranks, sequence_ranks),
+        nprocs=num_ranks,
         start_method="fork",
     )
-    for rank in range(2):
+    for rank in range(num_ranks):
         gradients, metrics, counts = torch.load(tmp_path / f"{rank}.pt")
         for mine, expected in zip(gradients, alone, strict=True):
             scale = expected.abs().max().item()
@@ -247,12 +287,15 @@ def test_a_rollback_restores_weights_and_moments_under_a_new_version():
     learner = small_learner(num_minibatches=1)
     learner.step(random_batch(0, train_version=0))
     learner.remember()
-    good, moments = weights_of(learner), copy.deepcopy(learner._optimizer.state_dict()["state"])
+    good, moments = (
+        weights_of(learner),
+        copy.deepcopy(learner.trainer.optimizer.state_dict()["state"]),
+    )
     learner.step(random_batch(1, train_version=1))
     assert not same(good, weights_of(learner))
     assert learner.roll_back() == 3 == learner.policy_version
     assert same(good, weights_of(learner))
-    after = learner._optimizer.state_dict()["state"]
+    after = learner.trainer.optimizer.state_dict()["state"]
     for index, values in moments.items():
         assert all(torch.equal(value, after[index][name]) for name, value in values.items())
     # Steps after a rollback must not reach into the copy.
@@ -279,7 +322,7 @@ def test_a_divergence_from_the_reference_is_measured_and_held_back():
         small_learner(learning_rate=0.01),
         Learner(
             build_tiny_model(hidden_size=16, num_heads=2),
-            LearnerSettings(algorithm=algorithm, learning_rate=0.01),
+            LearnerSettings(algorithm=algorithm, optimizer=OptimizerSettings(learning_rate=0.01)),
             reference=reference,
         ),
     )

@@ -1,6 +1,7 @@
 """The objective of whole minibatches, against the formula, and whatever the split."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -13,16 +14,19 @@ from hypothesis import strategies as st
 
 from skyrl_async.algorithms.advantages import estimate
 from skyrl_async.algorithms.composition import CorrectionSettings
+from skyrl_async.config_loading import load_config
 from skyrl_async.learner.algorithm_settings import AlgorithmSettings, KlSettings
 from skyrl_async.learner.logprobs import TokenOutputs
 from skyrl_async.learner.loss_batch import LossBatch
-from skyrl_async.learner.objective import objective
-from skyrl_async.learner.packing import first_loss_indices, pack
+from skyrl_async.learner.objective import Objective, objective
+from skyrl_async.learner.packing import Microbatch, first_loss_indices, pack
 from skyrl_async.learner.sequences import make_sequences
 from skyrl_async.learner.targets import make_targets
+from skyrl_async.runtime.settings import algorithm_settings
 from tests.records import random_batch
 
 F64 = torch.float64
+COEFFICIENT = "algorithm.squared_log_ratio_coefficient"
 PLAIN = AlgorithmSettings(entropy_coefficient=0.0, advantage="mean_centered")
 
 
@@ -48,11 +52,10 @@ class Scene:
             reference_logprobs=self.reference if algorithm.kl.coefficient else None,
         )
 
-    def total(self, cuts: list[int]) -> torch.Tensor:
-        """Return the objective with the sequences split into microbatches at ``cuts``."""
+    def results(self, cuts: list[int]) -> Iterator[tuple[Microbatch, Objective]]:
+        """Yield every microbatch and its objective, the sequences being split at ``cuts``."""
         bounds = [0, *sorted(cuts), len(self.sequences)]
         firsts = first_loss_indices(self.sequences)
-        total = torch.zeros((), dtype=F64)
         for start, end in pairwise(bounds):
             for microbatch in pack(
                 self.sequences[start:end],
@@ -61,21 +64,22 @@ class Scene:
                 first_indices=firsts[start:end],
             ):
                 index = microbatch.index
-                outputs = TokenOutputs(
-                    logprobs=self.current[index],
-                    entropy=self.entropy[index],
-                    hidden=torch.zeros(len(index), 1),
-                )
-                result = objective(
-                    outputs,
+                outputs = TokenOutputs(logprobs=self.current[index], entropy=self.entropy[index])
+                yield (
                     microbatch,
-                    self.batch,
-                    self.targets,
-                    proximal_logprobs=self.proximal[index],
-                    settings=self.algorithm,
+                    objective(
+                        outputs,
+                        microbatch,
+                        self.batch,
+                        self.targets,
+                        proximal_logprobs=self.proximal[index],
+                        settings=self.algorithm,
+                    ),
                 )
-                total = total + result.total
-        return total
+
+    def total(self, cuts: list[int]) -> torch.Tensor:
+        """Return the objective with the sequences split into microbatches at ``cuts``."""
+        return sum((r.total for _, r in self.results(cuts)), start=torch.zeros((), dtype=F64))
 
     def gradient(self, cuts: list[int]) -> torch.Tensor:
         (gradient,) = torch.autograd.grad(self.total(cuts), self.current)
@@ -106,6 +110,28 @@ def test_entropy_and_divergence_are_added_with_their_coefficients():
     assert with_kl.total([]).item() - plain == pytest.approx(0.3 * k2, rel=1e-6)
 
 
+@pytest.mark.parametrize("overrides", [[], ["correction.token_high=1.4", "algorithm.loss=aipo"]])
+def test_the_squared_log_ratio_is_added_by_configuration_without_weight_to_the_kept_tokens(
+    overrides,
+):
+    plain, with_it = (
+        algorithm_settings(load_config(None, [*overrides, f"{COEFFICIENT}={value}"]))
+        for value in (0, 0.25)
+    )
+    assert plain.squared_log_ratio_coefficient == 0
+    scene = Scene(1, with_it)
+    ratios = (scene.proximal - scene.batch.behavior_logprobs).exp()
+    kept = ratios <= 1.4 if overrides else torch.ones_like(ratios, dtype=torch.bool)
+    assert 0 < kept.sum() < len(kept) or not overrides
+    apart = (scene.current - scene.batch.behavior_logprobs)[kept]
+    added = 0.25 * sum(x**2 for x in apart.tolist()) / len(apart)
+    assert scene.total([]).item() - Scene(1, plain).total([]).item() == pytest.approx(added)
+    slopes = scene.gradient([]) - Scene(1, plain).gradient([])
+    expected = torch.zeros_like(slopes)
+    expected[kept] = 0.25 * 2 * apart.detach() / len(apart)
+    torch.testing.assert_close(slopes, expected, rtol=0, atol=1e-12)
+
+
 MASKS = CorrectionSettings(token_mask=(0.5, 1.8), normalize_weights=True)
 
 
@@ -119,8 +145,12 @@ MASKS = CorrectionSettings(token_mask=(0.5, 1.8), normalize_weights=True)
         replace(PLAIN, aggregation="constant", aggregation_length=7),
         replace(PLAIN, advantage="batch_normalized", whiten_advantages=True),
         replace(PLAIN, kl=KlSettings(coefficient=0.2, placement="reward")),
+        replace(PLAIN, correction=MASKS, squared_log_ratio_coefficient=0.5),
     ],
-    ids=["plain", "masks", "sequences", "prompts", "constant", "whitened", "kl in reward"],
+    ids=[
+        *("plain", "masks", "sequences", "prompts", "constant", "whitened", "kl in reward"),
+        "squared log ratio",
+    ],
 )
 @settings(deadline=None, max_examples=10)
 @given(seed=st.integers(0, 50), cuts=st.lists(st.integers(0, 12), max_size=4))

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from skyrl_async.algorithms.advantages import estimate
 from skyrl_async.learner.logprobs import token_outputs
-from skyrl_async.learner.packing import fill_rows, pack, split_evenly
+from skyrl_async.learner.packing import fill_rows, pack
 from skyrl_async.learner.sequences import make_sequences
 from skyrl_async.learner.tiny_policy import build_tiny_model
 from skyrl_async.types import SampledGroup, TrainSequence, TrajectoryGroup
@@ -35,14 +35,6 @@ def test_at_most_one_row_is_less_than_half_full(lengths):
 def test_a_sequence_longer_than_a_row_is_refused():
     with pytest.raises(ValueError, match="65 tokens does not fit rows of 64"):
         fill_rows([65], row_tokens=64)
-
-
-@given(LENGTHS, st.integers(1, 5))
-def test_parts_share_the_tokens_evenly(lengths, num_parts):
-    parts = split_evenly(lengths, num_parts=num_parts)
-    assert sorted(i for part in parts for i in part) == list(range(len(lengths)))
-    loads = [sum(lengths[i] for i in part) for part in parts]
-    assert max(loads) - min(loads) <= max(lengths, default=0)
 
 
 @settings(deadline=None, max_examples=25)
