@@ -84,7 +84,7 @@ class Pass:
         all_logprobs = torch.log_softmax(self._hidden @ self._head.T, -1)
         logprobs = all_logprobs.gather(-1, self._targets[:, None])[:, 0]
         entropy = -(all_logprobs.exp() * all_logprobs).sum(-1)
-        return TokenOutputs(logprobs=logprobs, entropy=entropy, hidden=self._hidden)
+        return TokenOutputs(logprobs=logprobs, entropy=entropy)
 
     def run(self, settings: AlgorithmSettings) -> None:
         """Do what the learner does above the decoder."""
@@ -133,6 +133,7 @@ def subjects() -> dict[str, AlgorithmSettings]:
             named[name] = replace(plain, loss=function, correction=correction)
     for name, correction in CORRECTIONS.items():
         named[f"ppo_clip + {name}"] = AlgorithmSettings(correction=correction)
+    named["ppo_clip + squared log ratio"] = AlgorithmSettings(squared_log_ratio_coefficient=1e-3)
     return named
 
 

@@ -12,21 +12,17 @@ of learner and engine were never idle, by its ledger of wall time.
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from report import finish, parse_args
+from report import argument_parser, finish
+from run_once import Run, run_once
 
-ROOT = Path(__file__).resolve().parents[1]
 GROUPS, GROUP_SIZE = 16, 8
 REWARD = 0.95
 TARGET_SPEEDUP = 2.5
@@ -63,9 +59,8 @@ class Row:
 
 def run(row: Row, *, runtime: str, folder: Path) -> dict[str, Any]:
     """Do one run and return its figures."""
-    place = folder / row.name.replace(" ", "_").replace("=", "")
-    command = [
-        *(sys.executable, str(ROOT / "launchers" / "run.py"), f"run.dir={place}"),
+    done = run_once(
+        folder / row.name.replace(" ", "_").replace("=", ""),
         f"runtime={runtime}",
         f"run.steps={row.steps}",
         f"staleness.max={row.staleness_max}",
@@ -80,31 +75,20 @@ def run(row: Row, *, runtime: str, folder: Path) -> dict[str, Any]:
         "environment.max_turns=3",
         "engine.max_concurrent=1024",
         f"evaluation.every_steps={max(1, row.steps // 24)}",
-        "logging.tensorboard=false",
-        "logging.console=plain",
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CI": "true"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
-    if done.returncode != 0:
-        raise RuntimeError(f"{row.name} failed:\n{done.stdout}\n{done.stderr}")
-    lines = (place / "metrics.jsonl").read_text().splitlines()
-    return figures(row, [json.loads(line) for line in lines], json_of(place / "summary.json"))
+    )
+    return row_of(row, done)
 
 
-def json_of(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text())
-
-
-def figures(row: Row, metrics: list[dict[str, Any]], summary: dict[str, Any]) -> dict[str, Any]:
+def row_of(row: Row, done: Run) -> dict[str, Any]:
     """Return a row of the table; rates are over the second half of the steps."""
-    half = metrics[len(metrics) // 2 :]
-    seconds = half[-1]["time_s"] - half[0]["time_s"]
-    rate = (len(half) - 1) / seconds * row.groups_per_step * GROUP_SIZE
-    waiting = mean(half[1:], "idle/learner/wait_fraction")
-    idle = mean(half[1:], "idle/engine/idle_fraction")
-    reached = [m for m in metrics if (m.get("eval/reward_mean") or 0.0) >= REWARD]
-    if not reached and (summary["eval_reward_final"] or 0.0) >= REWARD:
-        reached = [{"time_s": summary["seconds"], "step": summary["steps"]}]
+    half = replace(done, metrics=done.metrics[len(done.metrics) // 2 :])
+    start, *later = half.metrics
+    seconds = later[-1]["time_s"] - start["time_s"]
+    rate = len(later) / seconds * row.groups_per_step * GROUP_SIZE
+    # A step may come without news of an actor.
+    waiting = replace(half, metrics=later).mean("idle/learner/wait_fraction")
+    idle = replace(half, metrics=later).mean("idle/engine/idle_fraction")
+    seconds_to_reward, steps_to_reward = done.reached(REWARD) or (None, None)
     return {
         "name": row.name,
         "staleness_max": row.staleness_max,
@@ -113,27 +97,14 @@ def figures(row: Row, metrics: list[dict[str, Any]], summary: dict[str, Any]) ->
         "learner_wait_fraction": waiting,
         "engine_idle_fraction": idle,
         "ideal_trajectories_per_s": rate / (1 - min(waiting, idle)),
-        "seconds_to_reward": reached[0]["time_s"] if reached else None,
-        "steps_to_reward": reached[0]["step"] if reached else None,
-        "reward": statistics.median(evaluations(half, summary)),
-        "reward_last": summary["eval_reward_final"],
-        "staleness_observed_max": summary["staleness_observed_max"],
+        "seconds_to_reward": seconds_to_reward,
+        "steps_to_reward": steps_to_reward,
+        # One greedy evaluation says little: where two replies are about as likely, a step turns it
+        # over.
+        "reward": statistics.median(reward for _, _, reward in half.evaluations),
+        "reward_last": done.summary["eval_reward_final"],
+        "staleness_observed_max": done.summary["staleness_observed_max"],
     }
-
-
-def evaluations(metrics: list[dict[str, Any]], summary: dict[str, Any]) -> list[float]:
-    """Return the held-out rewards of the steps and of the end.
-
-    One greedy evaluation says little: where two replies are about as likely, a step turns it over.
-    """
-    values = [m["eval/reward_mean"] for m in metrics if m.get("eval/reward_mean") is not None]
-    return [*values, summary["eval_reward_final"]]
-
-
-def mean(metrics: list[dict[str, Any]], name: str) -> float:
-    """Return the mean over the steps that have it: a step may come without news of an actor."""
-    values = [m[name] for m in metrics if name in m]
-    return sum(values) / len(values)
 
 
 def rows(*, quick: bool) -> list[Row]:
@@ -238,13 +209,12 @@ def compare(
 
 def main() -> None:
     started = time.perf_counter()
-    tuning = "--tune" in sys.argv
-    if tuning:
-        sys.argv.remove("--tune")
-    arguments = parse_args(__doc__ or "")
+    parser = argument_parser(__doc__ or "")
+    parser.add_argument("--tune", action="store_true", help="try the grid of learning rates")
+    arguments = parser.parse_args()
     runtime = "local" if arguments.quick else "ray"
     with tempfile.TemporaryDirectory() as name:
-        if tuning:
+        if arguments.tune:
             tune(runtime=runtime, folder=Path(name))
             return
         print_header()
@@ -253,8 +223,8 @@ def main() -> None:
             results.append(run(row, runtime=runtime, folder=Path(name)))
             print_row(results[-1])
     summary, misses = compare(results, quick=arguments.quick)
-    summary = {"runtime": runtime, **summary, "rows": results}
-    finish("async_vs_sync", summary, misses, started, arguments.output)
+    figures = {"runtime": runtime, **summary, "rows": results}
+    finish("async_vs_sync", figures, misses, started, arguments.output)
 
 
 if __name__ == "__main__":

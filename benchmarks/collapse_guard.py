@@ -9,18 +9,14 @@ without and with the guard. ``reward`` is the mean of the last quarter's greedy 
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 from report import finish, parse_args
+from run_once import run_once
 
-ROOT = Path(__file__).resolve().parents[1]
 SEEDS = (0, 1)
 STEPS = 400
 GUARD = (
@@ -33,25 +29,18 @@ GUARD = (
 
 def run(*overrides: str, steps: int, place: Path) -> dict[str, Any]:
     """Do one run and return its figures."""
-    command = [
-        *(sys.executable, str(ROOT / "launchers" / "run.py"), f"run.dir={place}"),
+    done = run_once(
+        place,
         *("algorithm=ppo_recomputed", "staleness.max=8", "optimizer.learning_rate=5e-3"),
-        *(f"run.steps={steps}", "evaluation.every_steps=20", "runtime=local"),
-        *("logging.tensorboard=false", "logging.console=plain", *overrides),
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CI": "true"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    if done.returncode != 0:
-        raise RuntimeError(f"{overrides} failed:\n{done.stdout}\n{done.stderr}")
-    lines = [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
-    summary = json.loads((place / "summary.json").read_text())
-    rewards = [m["eval/reward_mean"] for m in lines if m.get("eval/reward_mean") is not None]
-    last = [*rewards, summary["eval_reward_final"]][-max(1, len(rewards) // 4) :]
+        *(f"run.steps={steps}", "evaluation.every_steps=20", "runtime=local", *overrides),
+    )
+    *rewards, final = (reward for _, _, reward in done.evaluations)
+    last = [*rewards, final][-max(1, len(rewards) // 4) :]
     return {
         "reward": sum(last) / len(last),
         "rewards": rewards,
-        "guard_actions": summary["guard_actions"],
-        "seconds": summary["seconds"],
+        "guard_actions": done.summary["guard_actions"],
+        "seconds": done.summary["seconds"],
     }
 
 

@@ -12,7 +12,11 @@ Three measurements, all with sampling over the whole vocabulary and logprobs:
 
 Other programs only make a round slower, so each throughput is that of the best round.
 
+With ``--device cuda`` only the first is measured, with 64 and with 256 concurrent requests of 256
+prompt tokens and 256 new ones, on a model of 0.6 B parameters (random weights, bfloat16).
+
     python benchmarks/engine_throughput.py --quick
+    python benchmarks/engine_throughput.py --device cuda
 """
 
 from __future__ import annotations
@@ -25,11 +29,17 @@ import os
 import random
 import time
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from report import finish, parse_args
-from transformers import ContinuousBatchingConfig, GenerationConfig, Qwen3ForCausalLM
+from report import argument_parser, finish
+from transformers import (
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from skyrl_async.learner.tiny_policy import build_tiny_model
 from skyrl_async.rollout.embedded_engine import EmbeddedEngine
@@ -39,7 +49,7 @@ TOKENS_PER_S_TARGET = 15_000
 SPEEDUP_TARGET = 3.0
 SHORT_REQUESTS_PER_S_TARGET = 6_000
 
-NUM_LONG, PROMPT_TOKENS, NEW_TOKENS = 64, 32, 128
+GPU_CONCURRENT = (64, 256)
 NUM_EPISODES, TURNS = 256, 6
 NUM_SWAPPING, SWAP_NEW_TOKENS, SWAP_EVERY_STEPS, NUM_SWAPS = 64, 48, 12, 3
 UPDATE_SIZES = (0.001, 0.01, 0.1)
@@ -62,24 +72,47 @@ def random_ids(rng: random.Random, count: int, *, vocab_size: int) -> list[int]:
     return rng.choices(range(vocab_size), k=count)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """Requests that are decoded at once, all alike."""
+
+    concurrent: int
+    prompt_tokens: int
+    new_tokens: int
+    page_size: int
+    """Of the baseline's cache; of 16, 32, 160 and 256 tokens 32 were the fastest on a CPU."""
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of one request."""
+        return self.prompt_tokens + self.new_tokens
+
+
+CPU_SHAPE = Shape(concurrent=64, prompt_tokens=32, new_tokens=128, page_size=32)
+
+
 class LongReplies:
     """The same requests for both engines; each has its own copy of the model."""
 
-    def __init__(self) -> None:
-        self._model = build_tiny_model(hidden_size=128, vocab_size=320)
-        self._baseline_model = build_tiny_model(hidden_size=128, vocab_size=320)
+    def __init__(self, model: Qwen3ForCausalLM, shape: Shape) -> None:
+        self._model, self._baseline_model = model, copy.deepcopy(model)
+        self._shape = shape
         rng = random.Random(0)
-        self._prompts = [random_ids(rng, PROMPT_TOKENS, vocab_size=320) for _ in range(NUM_LONG)]
+        size = model.config.vocab_size
+        self._prompts = [
+            random_ids(rng, shape.prompt_tokens, vocab_size=size) for _ in range(shape.concurrent)
+        ]
 
     def ours(self, rounds: int) -> list[float]:
         """Return tokens per second of each round."""
         return asyncio.run(self._ours(rounds))
 
     async def _ours(self, rounds: int) -> list[float]:
-        sampling = Sampling(max_tokens=NEW_TOKENS)
+        shape = self._shape
+        sampling = Sampling(max_tokens=shape.new_tokens)
         rates = []
         async with running(
-            self._model, max_concurrent=NUM_LONG, context_length=PROMPT_TOKENS + NEW_TOKENS
+            self._model, max_concurrent=shape.concurrent, context_length=shape.context_length
         ) as engine:
             for _ in range(rounds):
                 started = time.perf_counter()
@@ -95,15 +128,15 @@ class LongReplies:
 
     def baseline(self, rounds: int) -> list[float]:
         """Return tokens per second of each round, without making and warming up the manager."""
+        shape = self._shape
         generation = GenerationConfig(
-            max_new_tokens=NEW_TOKENS, do_sample=True, top_k=0, top_p=1.0, eos_token_id=-1
+            max_new_tokens=shape.new_tokens, do_sample=True, top_k=0, top_p=1.0, eos_token_id=-1
         )
-        # Pages of 32 were the fastest of 16, 32, 160 and 256.
         batching = ContinuousBatchingConfig(
-            page_size=32,
-            num_blocks=NUM_LONG * (-(-(PROMPT_TOKENS + NEW_TOKENS) // 32) + 1),
-            max_batch_tokens=512,
-            max_requests_per_batch=NUM_LONG,
+            page_size=shape.page_size,
+            num_blocks=shape.concurrent * (-(-shape.context_length // shape.page_size) + 1),
+            max_batch_tokens=max(512, 8 * shape.concurrent),
+            max_requests_per_batch=shape.concurrent,
             return_logprobs=True,
             seed=0,
         )
@@ -117,7 +150,7 @@ class LongReplies:
                 persistent_manager=True,
             )
             tokens = sum(len(output.generated_tokens) for output in outputs.values())
-            if tokens != NUM_LONG * NEW_TOKENS:
+            if tokens != shape.concurrent * shape.new_tokens:
                 raise RuntimeError(f"the baseline returned {tokens} tokens")
             rates.append(tokens / (time.perf_counter() - started))
         return rates
@@ -125,6 +158,17 @@ class LongReplies:
     def close(self) -> None:
         """Free the baseline's cache."""
         self._baseline_model.destroy_cached_continuous_batching_manager()
+
+
+def long_replies(model: Qwen3ForCausalLM, shape: Shape, *, rounds: int) -> tuple[float, float]:
+    """Return tokens per second of the best rounds, of ours and of the baseline."""
+    long = LongReplies(model, shape)
+    ours, baseline = [], []
+    for _ in range(rounds):
+        ours += long.ours(2)
+        baseline += long.baseline(1)
+    long.close()
+    return max(ours), max(baseline)
 
 
 async def short_replies(rounds: int, *, episodes_each: int) -> list[tuple[float, float]]:
@@ -238,25 +282,60 @@ def after_swap_deviations(
 
 def measure(*, quick: bool) -> dict[str, Any]:
     rounds = 3 if quick else 8
-    long = LongReplies()
-    ours, baseline = [], []
-    for _ in range(rounds):
-        ours += long.ours(2)
-        baseline += long.baseline(1)
-    long.close()
+    ours, baseline = long_replies(
+        build_tiny_model(hidden_size=128, vocab_size=320), CPU_SHAPE, rounds=rounds
+    )
     short = asyncio.run(short_replies(2 * rounds, episodes_each=2))
     swaps = [
         asyncio.run(swap_row(mode, size)) for size in UPDATE_SIZES for mode in ("recompute", "keep")
     ]
     short_requests_per_s, short_tokens_per_s = max(short)
     return {
-        "tokens_per_s": max(ours),
-        "baseline_tokens_per_s": max(baseline),
-        "speedup": max(ours) / max(baseline),
+        "tokens_per_s": ours,
+        "baseline_tokens_per_s": baseline,
+        "speedup": ours / baseline,
         "short_requests_per_s": short_requests_per_s,
         "short_tokens_per_s": short_tokens_per_s,
         "swaps": swaps,
     }
+
+
+def gpu_model() -> Qwen3ForCausalLM:
+    """Return a model with the sizes of Qwen3-0.6B."""
+    config = Qwen3Config(
+        vocab_size=151_936,
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        tie_word_embeddings=True,
+    )
+    with torch.device("cuda"):
+        return Qwen3ForCausalLM(config).to(torch.bfloat16).eval()
+
+
+def measure_gpu(*, quick: bool) -> dict[str, Any]:
+    rows = []
+    model = gpu_model()
+    for concurrent in GPU_CONCURRENT:
+        shape = Shape(concurrent=concurrent, prompt_tokens=256, new_tokens=256, page_size=256)
+        torch.cuda.reset_peak_memory_stats()
+        ours, baseline = long_replies(model, shape, rounds=1 if quick else 3)
+        rows.append(
+            {
+                "concurrent": concurrent,
+                "tokens_per_s": ours,
+                "baseline_tokens_per_s": baseline,
+                "peak_bytes": torch.cuda.max_memory_allocated(),
+            }
+        )
+        print(
+            f"{concurrent:>4} concurrent: {ours:,.0f} tokens/s, transformers {baseline:,.0f}",
+            flush=True,
+        )
+    return {"device": torch.cuda.get_device_name(), "rows": rows}
 
 
 def find_misses(figures: dict[str, Any]) -> list[str]:
@@ -299,12 +378,20 @@ def print_table(figures: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    arguments = parse_args("Throughput of the embedded engine on one core.")
+    parser = argument_parser("Throughput of the embedded engine on one core, or on a GPU.")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    arguments = parser.parse_args()
     started = time.perf_counter()
+    logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)
+    if arguments.device == "cuda":
+        if not torch.cuda.is_available():
+            parser.error("--device cuda: torch sees no CUDA device here; take --device cpu")
+        figures = measure_gpu(quick=arguments.quick)
+        finish("engine_throughput", figures, [], started, arguments.output)
+        return
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
-    logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)
     figures = measure(quick=arguments.quick)
     print_table(figures)
     misses = find_misses(figures)

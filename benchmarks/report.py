@@ -13,12 +13,17 @@ from pathlib import Path
 from typing import Any
 
 
-def parse_args(description: str) -> argparse.Namespace:
-    """Return ``quick`` (bool) and ``output`` (path or None)."""
+def argument_parser(description: str) -> argparse.ArgumentParser:
+    """Return a parser of ``quick`` (bool) and ``output`` (path or None), to add more to."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="less than a minute, rougher figures")
     parser.add_argument("--output", type=Path, help="also write the JSON object to this file")
-    return parser.parse_args()
+    return parser
+
+
+def parse_args(description: str) -> argparse.Namespace:
+    """Return ``quick`` (bool) and ``output`` (path or None)."""
+    return argument_parser(description).parse_args()
 
 
 def finish(
@@ -39,7 +44,7 @@ def finish(
     """
     result = {
         "benchmark": name,
-        "commit": _commit(),
+        "commit": commit(),
         "hardware": _hardware(),
         "seconds": round(time.perf_counter() - started, 1),
         "misses": list(misses),
@@ -52,7 +57,8 @@ def finish(
     print(line)
 
 
-def _commit() -> str:
+def commit() -> str:
+    """Return the commit that is checked out, with ``-dirty`` if files differ from it."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     answer = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
     return answer.stdout.strip() or "unknown"

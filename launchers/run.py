@@ -8,9 +8,11 @@ from __future__ import annotations
 import difflib
 import os
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 from skyrl_async.config import Config
 from skyrl_async.config_keys import KEYS, SECTIONS
@@ -154,6 +156,15 @@ def _refuse(message: str) -> int:
     return BAD_INPUT
 
 
+def _leave(exit_code: int) -> NoReturn:
+    """End the process; an interrupted one does not wait for a step that a thread is in."""
+    if exit_code > 128 and threading.active_count() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)
+    sys.exit(exit_code)
+
+
 def _relative(path: Path) -> str:
     relative = os.path.relpath(path)
     return str(path) if relative.startswith("..") else relative
@@ -168,4 +179,4 @@ if __name__ == "__main__":
         # The reader of our output is gone, for example `--help | head`.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         exit_code = FAILED
-    sys.exit(exit_code)
+    _leave(exit_code)

@@ -55,5 +55,5 @@ def idle_overrides(overrides: Iterable[str]) -> Iterator[str]:
         if not is_for_sft(key):
             yield (
                 f"{override}: {key} has no part in supervised fine-tuning; leave it out "
-                "(--help lists the keys that have)"
+                "(--keys lists the keys that have)"
             )

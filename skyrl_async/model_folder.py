@@ -31,12 +31,16 @@ class ModelShape:
         num_layers: with a KV cache.
         kv_width: key-value heads times the size of a head.
         max_positions: tokens that it can see.
+        model_type: as `transformers` names its architecture.
+        sliding_window: tokens that layers with a window can see.
     """
 
     num_parameters: int | None = None
     num_layers: int | None = None
     kv_width: int | None = None
     max_positions: int | None = None
+    model_type: str | None = None
+    sliding_window: int | None = None
 
 
 def is_hub_name(path: str) -> bool:
@@ -164,4 +168,6 @@ def _shape(config: Mapping[str, Any], *, num_parameters: int | None) -> ModelSha
         num_layers=size("num_hidden_layers", "n_layer"),
         kv_width=kv_heads * head_dim if kv_heads and head_dim else None,
         max_positions=size("max_position_embeddings", "n_positions"),
+        model_type=str(text.get("model_type") or config["model_type"]),
+        sliding_window=size("sliding_window"),
     )

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
+from skyrl_async.checkpoint import read_run_state
 from skyrl_async.config import Config
 from skyrl_async.config_keys import show
+from skyrl_async.config_optimizer import check_schedule
+from skyrl_async.coordination.run_state import RunState
 from skyrl_async.coordination.staleness import max_admitted
 from skyrl_async.model_folder import ModelShape, is_hub_name, read_model_folder
+from skyrl_async.resume import find_resume
 from skyrl_async.rollout.engine_launch import MIN_SGLANG_VERSION, check_extra_args
 from skyrl_async.run_folder import DEFAULT_ROOT, check_run_folder
 
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 _BUILT_IN_VOCABULARY = 64
+_WINDOW_IGNORED_BY_SGLANG = ("mistral", "mixtral")
 
 
 def find_problems(config: Config, *, root: Path = DEFAULT_ROOT) -> list[str]:
@@ -37,16 +44,39 @@ def find_problems(config: Config, *, root: Path = DEFAULT_ROOT) -> list[str]:
         (f"environment.name={config.environment.name}: ", environment),
         (f"model.path={config.model.path}: ", lambda: _check_model(config)),
         ("", lambda: _check_loss(config)),
+        ("lora: ", lambda: _check_lora(config)),
+        ("", lambda: check_schedule(config.optimizer, total_steps=config.optimizer_steps)),
+        ("optimizer.groups: ", lambda: _check_groups(config)),
+        (f"distillation.teacher={config.distillation.teacher}: ", lambda: _check_teacher(config)),
         ("", lambda: _check_engine(config)),
         ("", lambda: check_run_folder(config, root=root)),
+        ("", lambda: _check_resume(config)),
     )
-    problems = []
+    return list(_failures(checks))
+
+
+def find_sft_problems(config: Config, *, root: Path = DEFAULT_ROOT) -> list[str]:
+    """Return one line for everything but the demonstrations that would keep one from starting.
+
+    Args:
+        config: of the supervised fine-tuning.
+        root: where run folders without a name of their own go.
+    """
+    checks: tuple[tuple[str, Callable[[], object]], ...] = (
+        (f"model.path={config.model.path}: ", lambda: _check_model(config)),
+        ("lora: ", lambda: _check_lora(config)),
+        ("optimizer.groups: ", lambda: _check_groups(config)),
+        ("", lambda: check_run_folder(config, root=root)),
+    )
+    return list(_failures(checks))
+
+
+def _failures(checks: Iterable[tuple[str, Callable[[], object]]]) -> Iterator[str]:
     for prefix, check in checks:
         try:
             check()
         except ValueError as error:
-            problems.append(f"{prefix}{error}")
-    return problems
+            yield f"{prefix}{error}"
 
 
 def describe_run(config: Config, *, root: Path = DEFAULT_ROOT) -> str:
@@ -57,6 +87,7 @@ def describe_run(config: Config, *, root: Path = DEFAULT_ROOT) -> str:
     """
     lines = (
         ("run folder", config.run.dir or f"{root / config.run.name}-<time>"),
+        ("checkpoints", _checkpoints(config)),
         ("training", _training(config)),
         ("environment", _environment(config)),
         ("policy", _policy(config)),
@@ -75,6 +106,39 @@ def _check_model(config: Config) -> None:
             f"engine.context_length={context} is more than the model's {shape.max_positions} "
             "positions; lower it"
         )
+    window = shape.sliding_window
+    served = config.engine.kind == "sglang" and shape.model_type in _WINDOW_IGNORED_BY_SGLANG
+    if served and window is not None and context > window:
+        raise ValueError(
+            f"engine.context_length={context} is more than the sliding window of {window} tokens, "
+            f"which SGLang ignores in {shape.model_type} models, so that its logprobs would be of "
+            f"another policy; set at most {window}, or engine.kind=embedded"
+        )
+
+
+def _check_resume(config: Config) -> None:
+    try:
+        resume = find_resume(config)
+    except ValueError:
+        return  # what is wrong with the checkpoint itself is said with the folder
+    if resume is None:
+        return
+    try:
+        RunState.from_json(read_run_state(resume.checkpoint))
+    except ValueError as error:
+        raise ValueError(
+            f"run.resume={config.run.resume}: {resume.checkpoint} was not written by "
+            f"launchers/run.py ({error}); launchers/export.py makes a model.path of its weights"
+        ) from None
+
+
+def _checkpoints(config: Config) -> str:
+    every, keep = config.checkpoint.every_steps, config.checkpoint.keep
+    text = f"every {every} steps and at the end, the newest {keep} kept" if every else "none"
+    resume = find_resume(config)
+    if resume is None:
+        return text
+    return f"{text}; goes on from step {resume.manifest.step} in {resume.checkpoint}"
 
 
 def _check_loss(config: Config) -> None:
@@ -87,9 +151,74 @@ def _check_loss(config: Config) -> None:
     check_loss(algorithm.loss, algorithm.loss_options)
 
 
+def _check_lora(config: Config) -> None:
+    if not config.lora.rank:
+        return
+    if find_spec("peft") is None:
+        raise ValueError(
+            f"lora.rank={config.lora.rank} needs the library peft; install it with "
+            "pip install 'skyrl_async[lora]', or set lora.rank=0"
+        )
+    if _is_known(config):
+        _trained_parameters(config)
+
+
+def _is_known(config: Config) -> bool:
+    """Return whether the model can be looked at without a download."""
+    return config.model.path is None or not is_hub_name(config.model.path)
+
+
+def _trained_parameters(config: Config) -> list[tuple[str, Any]]:
+    """Return names and shapes of what the learner trains.
+
+    Raises:
+        ValueError: if there is no causal LM, or its layers cannot be adapted.
+    """
+    # Loading torch takes a while, so only those who set groups or adapters pay for it.
+    from skyrl_async.learner.policy import skeleton
+    from skyrl_async.runtime.settings import lora_settings, policy_source
+
+    model, lora = skeleton(policy_source(config)), lora_settings(config)
+    if lora is not None:
+        from skyrl_async.learner.lora import add_adapter
+
+        add_adapter(model, lora)
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+
+
+def _check_groups(config: Config) -> None:
+    if not config.optimizer.groups or not _is_known(config):
+        return
+    from skyrl_async.learner.optimizer import OptimizerSettings, build_optimizer
+    from skyrl_async.runtime.settings import parameter_groups
+
+    settings = OptimizerSettings(groups=parameter_groups(config.optimizer))
+    build_optimizer(_trained_parameters(config), settings)
+
+
+def _check_teacher(config: Config) -> None:
+    path = config.distillation.teacher
+    if path is None or is_hub_name(path):
+        return
+    shape, context = read_model_folder(path), config.engine.context_length
+    if shape.max_positions is not None and context > shape.max_positions:
+        raise ValueError(
+            f"it has {shape.max_positions} positions, fewer than engine.context_length={context}; "
+            "lower that"
+        )
+    if _is_known(config):
+        # Loading tokenizers takes a while, so only those who have a teacher pay for it.
+        from skyrl_async.learner.teacher import check_teacher
+        from skyrl_async.runtime.settings import policy_source, teacher_source
+
+        check_teacher(policy_source(config), teacher_source(config))
+
+
 def _check_engine(config: Config) -> None:
     engine = config.engine
     check_extra_args(engine.sglang_args)
+    if engine.kind == "embedded" and engine.device == "cuda" and config.runtime == "local":
+        _check_cuda()
     if engine.python is None:
         return
     if not os.access(engine.python, os.X_OK) or Path(engine.python).is_dir():
@@ -98,6 +227,14 @@ def _check_engine(config: Config) -> None:
             f"launchers/sglang_cpu/install.sh {Path(engine.python).parent.parent} without a GPU, "
             f"pip install 'sglang>={MIN_SGLANG_VERSION}' in one of its own with a GPU"
         )
+
+
+def _check_cuda() -> None:
+    # Loading torch takes a while, so only those who ask for a GPU of this process pay for it.
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ValueError("engine.device=cuda: torch sees no CUDA device here; set cpu")
 
 
 def _model_shape(config: Config) -> ModelShape:
@@ -194,8 +331,11 @@ def _memory(config: Config) -> str:
 def _memory_parts(config: Config) -> Iterator[str]:
     shape, size = _model_shape(config), _DTYPE_BYTES[config.model.dtype]
     if shape.num_parameters is not None:
-        # Weights, gradients and the two moments of AdamW.
-        yield f"{_bytes(4 * size * shape.num_parameters)} per learner rank"
+        if config.lora.rank:
+            yield f"{_bytes(size * shape.num_parameters)} and the adapters per learner rank"
+        else:
+            # Weights, gradients and the two moments of AdamW.
+            yield f"{_bytes(4 * size * shape.num_parameters)} per learner rank"
         # The weights in use, those of the next version, and those of an evaluation.
         yield f"{_bytes(3 * size * shape.num_parameters)} of weights per actor"
     if shape.num_layers is not None and shape.kv_width is not None:

@@ -11,7 +11,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from skyrl_async.checkpoint import read_run_state
+from skyrl_async.checkpoint_writer import CheckpointWriter, StatefulLearner
 from skyrl_async.config import Config
+from skyrl_async.config_loading import dump_config
 from skyrl_async.coordination.admission import Admission
 from skyrl_async.coordination.coordinator import (
     Coordinator,
@@ -22,6 +25,7 @@ from skyrl_async.coordination.filters import FilterSettings
 from skyrl_async.coordination.guard import CollapseGuard, GuardSettings
 from skyrl_async.coordination.ledger import GroupLedger
 from skyrl_async.coordination.run_metrics import RunMetrics
+from skyrl_async.coordination.run_state import RunState
 from skyrl_async.coordination.staleness import StalenessRule
 from skyrl_async.coordination.workers import LearnerGroup, RolloutWorker
 from skyrl_async.environments.tasks import TaskSource, heldout_tasks
@@ -30,6 +34,7 @@ from skyrl_async.metrics.recorder import Recorder, Sink
 from skyrl_async.metrics.sinks import JsonlSink, TensorBoardSink
 from skyrl_async.replay.buffer import ReplayBuffer
 from skyrl_async.replay.selectors import fifo, uniform
+from skyrl_async.resume import Resume
 from skyrl_async.run_folder import RunFolder
 from skyrl_async.types import EvaluationResult
 
@@ -39,8 +44,8 @@ FINISHED, FAILED, INTERRUPTED = 0, 1, 130
 CLOSE_TIMEOUT_S = 4.0
 
 
-class SavingLearner(LearnerGroup, Protocol):
-    """A learner group that can also write the policy."""
+class SavingLearner(LearnerGroup, StatefulLearner, Protocol):
+    """A learner group that can also write its state and the policy."""
 
     async def save_policy(self, folder: Path) -> None:
         """Write the policy in Hugging Face format."""
@@ -77,7 +82,7 @@ class Runtime(Protocol):
 def train(config: Config, folder: RunFolder) -> int:
     """Run until the end, a failure, or an interrupt; return the exit code.
 
-    ``summary.json`` is written in every case.
+    A folder that was made to go on with a run does so. ``summary.json`` is written in every case.
     """
     console = ConsoleSink(
         config.logging.console,
@@ -121,7 +126,9 @@ class _Run:
         self._recorder: Recorder | None = None
         self._workers: Mapping[str, Any] = {}
         self._task: asyncio.Task[None] | None = None
-        self._stopped_by = signal.SIGINT
+        self._coordinator: Coordinator | None = None
+        self._stopped_by: signal.Signals | None = None
+        self._stopped_s: float | None = None
 
     async def run(self) -> int:
         self._task = asyncio.create_task(self._body())
@@ -132,7 +139,7 @@ class _Run:
             status, code = "finished", FINISHED
         except asyncio.CancelledError:
             status = "interrupted"
-            code = 128 + self._stopped_by
+            code = 128 + (self._stopped_by or signal.SIGINT)
         except Exception as failure:
             status, code, error = "failed", FAILED, str(failure) or repr(failure)
             logger.error("run failed: %s", error)
@@ -141,7 +148,7 @@ class _Run:
         return code
 
     async def _body(self) -> None:
-        runtime = _make_runtime(self._config, folder=self._folder.path)
+        runtime = _make_runtime(self._config, self._folder)
         try:
             self._workers = await runtime.start(self._console.status)
             # Ray takes the signals for itself when it starts.
@@ -149,11 +156,18 @@ class _Run:
             self._startup_seconds = time.monotonic() - self._started_s
             self._console.status("playing the first episodes")
             await self._train(runtime)
+            if self._stopped_by is not None:
+                raise asyncio.CancelledError
             await runtime.learner.save_policy(self._folder.path / "policy")
         finally:
             closing = asyncio.ensure_future(runtime.close())
             with contextlib.suppress(TimeoutError, asyncio.CancelledError):
-                await asyncio.wait_for(asyncio.shield(closing), CLOSE_TIMEOUT_S)
+                await asyncio.wait_for(asyncio.shield(closing), self._close_timeout_s())
+
+    def _close_timeout_s(self) -> float:
+        """Return how long closing may take: less if an interrupt has waited for a checkpoint."""
+        waited_s = 0.0 if self._stopped_s is None else time.monotonic() - self._stopped_s
+        return max(1.0, CLOSE_TIMEOUT_S - waited_s)
 
     def _listen_to_signals(self) -> None:
         loop = asyncio.get_running_loop()
@@ -161,20 +175,38 @@ class _Run:
             loop.add_signal_handler(number, self._stop, number)
 
     def _stop(self, number: signal.Signals) -> None:
-        self._stopped_by = number
-        if self._task is not None:
+        """End after the step with a checkpoint, if that is soon; at a second signal at once."""
+        again, self._stopped_by = self._stopped_by is not None, number
+        self._stopped_s = self._stopped_s or time.monotonic()
+        if self._task is None:
+            return
+        wait_s = self._config.checkpoint.interrupt_timeout_s
+        if again or not wait_s or self._coordinator is None or not self._coordinator.has_store:
+            self._task.cancel()
+            return
+        self._coordinator.stop()
+        asyncio.get_running_loop().call_later(wait_s, self._cancel_training)
+
+    def _cancel_training(self) -> None:
+        if self._coordinator is not None and self._task is not None:
             self._task.cancel()
 
     async def _train(self, runtime: Runtime) -> None:
-        config = self._config
-        sinks: list[Sink] = [self._console, JsonlSink(self._folder.path / "metrics.jsonl")]
-        if config.logging.tensorboard:
-            sinks.append(TensorBoardSink(self._folder.path / "tensorboard"))
-        self._recorder = Recorder(sinks, clock=time.monotonic)
-        self._metrics = RunMetrics(self._recorder, clock=time.monotonic)
-        coordinator = Coordinator(
-            tasks=TaskSource(config.environment.name, seed=config.seed),
-            groups=_make_ledger(config),
+        self._coordinator = self._make_coordinator(runtime)
+        try:
+            await self._coordinator.run()
+        finally:
+            self._coordinator = None
+
+    def _make_coordinator(self, runtime: Runtime) -> Coordinator:
+        config, start = self._config, _start_of(self._folder)
+        self._metrics = self._open_metrics(start)
+        tasks = TaskSource(config.environment.name, seed=config.seed)
+        if start.tasks:
+            tasks.restore(start.tasks)
+        return Coordinator(
+            tasks=tasks,
+            groups=_make_ledger(config, start),
             rollouts=runtime.rollouts,
             learner=runtime.learner,
             metrics=self._metrics,
@@ -182,9 +214,33 @@ class _Run:
             clock=time.monotonic,
             engines=runtime.engines,
             filters=FilterSettings(**config.filters.model_dump()),
-            guard=_make_guard(config),
+            guard=_make_guard(config, start),
+            checkpoints=_make_writer(config, self._folder, runtime.learner, self._metrics),
+            start=start,
         )
-        await coordinator.run()
+
+    def _open_metrics(self, start: RunState) -> RunMetrics:
+        path = self._folder.path
+        resume_step = start.step if self._folder.resume is not None else None
+        sinks: list[Sink] = [
+            self._console,
+            JsonlSink(path / "metrics.jsonl", resume_step=resume_step),
+        ]
+        if self._config.logging.tensorboard:
+            sinks.append(TensorBoardSink(path / "tensorboard", resume_step=resume_step))
+        self._recorder = Recorder(
+            sinks, clock=time.monotonic, seconds_before=float(start.metrics.get("seconds", 0.0))
+        )
+        return RunMetrics(self._recorder, clock=time.monotonic, state=start.metrics)
+
+    def _totals(self) -> Mapping[str, Any]:
+        """Return what the run has done so far, in earlier processes at least."""
+        if self._metrics is not None:
+            return self._metrics.summary()
+        if self._folder.resume is None:
+            return {}
+        metrics = _start_of(self._folder).metrics
+        return RunMetrics(Recorder([]), clock=time.monotonic, state=metrics).summary()
 
     def _finish(self, status: str, error: str) -> None:
         summary: dict[str, Any] = {
@@ -199,12 +255,13 @@ class _Run:
             "staleness_observed_max": 0,
             "dropped": {},
         }
-        if self._metrics is not None:
-            summary.update(self._metrics.summary())
+        summary.update(self._totals())
         summary["total_seconds"] = time.monotonic() - self._started_s
         summary["staleness_configured_max"] = self._config.staleness.max
         summary["seed"] = self._config.seed
         summary["runtime"] = self._config.runtime
+        resume = self._folder.resume
+        summary["resumed_from_step"] = None if resume is None else resume.manifest.step
         summary["workers"] = dict(self._workers)
         if error:
             summary["error"] = error
@@ -214,17 +271,38 @@ class _Run:
         self._console.finish(summary, run_dir=self._folder.path)
 
 
-def _make_runtime(config: Config, *, folder: Path) -> Runtime:
+def _make_runtime(config: Config, folder: RunFolder) -> Runtime:
     if config.runtime == "local":
         from skyrl_async.runtime.local import LocalRuntime
 
-        return LocalRuntime(config, folder=folder)
+        return LocalRuntime(config, folder=folder.path, resume=folder.resume)
     from skyrl_async.runtime.ray_runtime import RayRuntime
 
-    return RayRuntime(config, folder=folder)
+    return RayRuntime(config, folder=folder.path, resume=folder.resume)
 
 
-def _make_ledger(config: Config) -> GroupLedger:
+def _start_of(folder: RunFolder) -> RunState:
+    """Return where the run goes on, or its beginning."""
+    resume: Resume | None = folder.resume
+    return RunState() if resume is None else RunState.from_json(read_run_state(resume.checkpoint))
+
+
+def _make_writer(
+    config: Config, folder: RunFolder, learner: SavingLearner, metrics: RunMetrics
+) -> CheckpointWriter | None:
+    if not config.checkpoint.every_steps:
+        return None
+    return CheckpointWriter(
+        folder.path,
+        learner=learner,
+        num_ranks=config.learner.num_ranks,
+        config=dump_config(config),
+        keep=config.checkpoint.keep,
+        on_written=metrics.checkpoint_written,
+    )
+
+
+def _make_ledger(config: Config, start: RunState) -> GroupLedger:
     batch, bound, replay = config.learner.groups_per_step, config.staleness, config.replay
     rule = StalenessRule(name=bound.rule, max_staleness=bound.max, groups_per_step=batch)
     return GroupLedger(
@@ -236,19 +314,26 @@ def _make_ledger(config: Config) -> GroupLedger:
             capacity_bytes=replay.capacity_bytes,
             capacity_groups=replay.capacity_groups,
             max_times_sampled=replay.max_times_sampled,
+            live_version=start.policy_version,
         ),
         buffer=ReplayBuffer(
             groups_per_step=batch,
             rule=rule,
-            selector=fifo if replay.selector == "fifo" else uniform(config.seed),
+            selector=fifo if replay.selector == "fifo" else uniform(config.seed + start.step),
             max_times_sampled=replay.max_times_sampled,
         ),
+        state=start.ledger_state() if start.groups else None,
     )
 
 
-def _make_guard(config: Config) -> CollapseGuard | None:
+def _make_guard(config: Config, start: RunState) -> CollapseGuard | None:
     values = config.guard.model_dump()
-    return CollapseGuard(GuardSettings(**values)) if values.pop("enabled") else None
+    if not values.pop("enabled"):
+        return None
+    guard = CollapseGuard(GuardSettings(**values))
+    if start.guard is not None:
+        guard.restore(start.guard)
+    return guard
 
 
 def _coordinator_settings(config: Config) -> CoordinatorSettings:
@@ -263,4 +348,6 @@ def _coordinator_settings(config: Config) -> CoordinatorSettings:
         step_timeout_s=config.learner.step_timeout_s,
         stall_timeout_s=2 * environment.episode_timeout_s + config.weight_sync.timeout_s,
         evaluation_timeout_s=evaluation.timeout_s,
+        checkpoint_every_steps=config.checkpoint.every_steps,
+        checkpoint_timeout_s=config.checkpoint.timeout_s,
     )

@@ -3,28 +3,41 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import logging
 import math
 import numbers
 import os
+import shutil
 import socket
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
 
+from skyrl_async.checkpoint import CHECKPOINTS, adopt, checkpoints_in, remove_leftovers
 from skyrl_async.config import Config
 from skyrl_async.config_loading import dump_config
+from skyrl_async.resume import Resume, find_resume
 
 DEFAULT_ROOT = Path("runs")
 LOCK_NAME = "run.lock"
+logger = logging.getLogger(__name__)
+
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
+SET_ASIDE = "set_aside"
+"""Where a run that goes on moves what it does not go on with."""
+
 _RUN_FILES = ("summary.json", "metrics.jsonl", "policy")
-_SUBFOLDERS = ("tensorboard", "checkpoints")
+_ENDS = ("summary.json", "policy", "policy.partial")
+_SUBFOLDERS = ("tensorboard", CHECKPOINTS)
+_WEIGHTS = "weights"
+"""Versions on their way to engines; those of a dead run must not be loaded."""
 _MAX_SAME_SECOND = 1000
 
 
@@ -39,10 +52,19 @@ class RunFolder:
 
     Attributes:
         path: absolute path of the folder.
+        resume: checkpoint in this folder from which the run goes on, if it does.
     """
 
-    def __init__(self, path: Path, *, lock: TextIO, log_level: int = logging.INFO) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        lock: TextIO,
+        log_level: int = logging.INFO,
+        resume: Resume | None = None,
+    ) -> None:
         self.path = path
+        self.resume = resume
         self._lock = lock
         self._log = logging.FileHandler(path / "run.log", encoding="utf-8")
         self._log.setFormatter(logging.Formatter(LOG_FORMAT))
@@ -63,24 +85,33 @@ class RunFolder:
 
         Args:
             config: ``run.dir`` names the folder; without it ``<root>/<run.name>-<time>`` is made.
+                ``run.resume`` says whether a run that is there goes on.
             root: where folders without a name of their own go.
 
         Raises:
-            ValueError: if the folder cannot be made or written, holds a run already, or is in use
-                by another process.
+            ValueError: if the folder cannot be made or written, is in use by another process, or
+                holds a run already that is not resumed or cannot be.
         """
         named = config.run.dir is not None
+        elsewhere = find_resume(config) if config.run.resume != "auto" else None
         try:
             path = _make_named(config) if named else _make_new(root, config)
             lock = _take_lock(path)
         except OSError as error:
             raise ValueError(_explain_unwritable(config, error, root=root)) from error
         try:
-            _refuse_finished(path)
+            if config.run.resume == "auto":
+                resume, aside = _go_on_here(path, config)
+            else:
+                _refuse_finished(path)
+                resume, aside = _go_on_with(elsewhere, path), None
             for name in _SUBFOLDERS:
                 (path / name).mkdir(exist_ok=True)
             write_atomically(path / "config.yaml", dump_config(config))
-            return cls(path, lock=lock)
+            folder = cls(path, lock=lock, resume=resume)
+            if config.run.resume != "never":
+                _log_resume(resume, aside)
+            return folder
         except OSError as error:
             lock.close()
             raise ValueError(_explain_unwritable(config, error, root=root)) from error
@@ -131,8 +162,9 @@ def check_run_folder(config: Config, *, root: Path = DEFAULT_ROOT) -> None:
         if config.run.dir is not None and (path / LOCK_NAME).exists():
             with open(path / LOCK_NAME, encoding="utf-8") as lock:
                 _lock_or_refuse(lock, path)
-        if config.run.dir is not None:
+        if config.run.dir is not None and config.run.resume != "auto":
             _refuse_finished(path)
+        find_resume(config)
         existing = path
         while not existing.exists() and existing != existing.parent:
             existing = existing.parent
@@ -219,9 +251,72 @@ def _refuse_finished(path: Path) -> None:
     found = [name for name in _RUN_FILES if (path / name).exists()]
     if found:
         raise ValueError(
-            f"run.dir={path}: holds a run already ({', '.join(found)}); give another run.dir, or "
-            "move that folder away"
+            f"run.dir={path}: holds a run already ({', '.join(found)}); give run.resume=auto to go "
+            "on with it, give another run.dir, or move that folder away"
         )
+
+
+def _go_on_here(path: Path, config: Config) -> tuple[Resume | None, Path | None]:
+    """Make the folder as it was when its newest whole checkpoint was written, or as a new one.
+
+    The metrics are cut when they are opened. All steps can be repeated after a kill.
+
+    Returns:
+        Where the run goes on, and where what it does not go on with was moved.
+    """
+    resume = find_resume(config)
+    root = path / CHECKPOINTS
+    remove_leftovers(root)
+    shutil.rmtree(path / _WEIGHTS, ignore_errors=True)
+    moved = [path / name for name in _ENDS]
+    if resume is None:
+        moved += [*checkpoints_in(root), path / "metrics.jsonl", *_tensorboard_files(path)]
+    else:
+        newest_first = reversed(checkpoints_in(root))
+        moved += itertools.takewhile(lambda other: other != resume.checkpoint, newest_first)
+    return resume, _set_aside(path, [one for one in moved if one.exists()])
+
+
+def _log_resume(resume: Resume | None, aside: Path | None) -> None:
+    if resume is None:
+        logger.info("no whole checkpoint is here, the run starts anew")
+    else:
+        for reason in resume.passed_over:
+            logger.warning("passed over: %s", reason)
+        logger.info("goes on from %s", resume.checkpoint)
+        for change in resume.changes:
+            logger.info("%s", change)
+    if aside is not None:
+        logger.info("what the run does not go on with is in %s", aside)
+
+
+def _tensorboard_files(path: Path) -> list[Path]:
+    folder = path / "tensorboard"
+    return [folder] if folder.is_dir() and any(folder.iterdir()) else []
+
+
+def _set_aside(path: Path, moved: list[Path]) -> Path | None:
+    """Move files and folders into a new one of their own, if there are any; return that."""
+    if not moved:
+        return None
+    numbers = [int(p.name) for p in (path / SET_ASIDE).glob("[0-9]*") if p.name.isdigit()]
+    aside = path / SET_ASIDE / f"{max(numbers, default=0) + 1:03d}"
+    for one in moved:
+        target = aside / one.relative_to(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        one.rename(target)
+    return aside
+
+
+def _go_on_with(resume: Resume | None, path: Path) -> Resume | None:
+    """Take over the checkpoint and the metrics of another run."""
+    if resume is None:
+        return None
+    checkpoint = adopt(resume.checkpoint, path / CHECKPOINTS)
+    before = resume.run_folder
+    if before is not None and (before / "metrics.jsonl").exists():
+        shutil.copyfile(before / "metrics.jsonl", path / "metrics.jsonl")
+    return replace(resume, checkpoint=checkpoint)
 
 
 def _explain_unwritable(config: Config, error: OSError, *, root: Path) -> str:

@@ -83,7 +83,7 @@ def test_typos_in_a_file_are_suggested_with_their_lines(tmp_path):
         ("learning_rate", ["critic.learning_rate", "optimizer.learning_rate"]),
         ("trainer.groups_per_step", ["learner.groups_per_step"]),
         ("engine.group_size", ["rollout.group_size"]),
-        ("timeout_s", ["weight_sync.timeout_s", "evaluation.timeout_s"]),
+        ("timeout_s", ["checkpoint.timeout_s", "weight_sync.timeout_s", "evaluation.timeout_s"]),
         ("staleness_max", ["staleness.max"]),
         ("zzzzzz", []),
     ],

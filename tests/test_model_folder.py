@@ -48,8 +48,10 @@ def why_refused(folder: Path) -> str:
 
 def test_sizes_come_from_config_and_header(folder):
     assert read_model_folder(str(folder)) == ModelShape(
-        num_parameters=17, num_layers=2, kv_width=32, max_positions=256
+        num_parameters=17, num_layers=2, kv_width=32, max_positions=256, model_type="qwen3"
     )
+    (folder / "config.json").write_text(json.dumps({**CONFIG, "sliding_window": 96}))
+    assert read_model_folder(str(folder)).sliding_window == 96
 
 
 def test_sizes_of_a_nested_text_model_and_of_old_names_are_found(folder):

@@ -19,6 +19,7 @@ from skyrl_async.algorithms import (
     aggregation,
     behavior_losses,
     corrections,
+    distillation,
     kl,
     off_policy_returns,
     policy_losses,
@@ -38,6 +39,7 @@ _KINDS: tuple[tuple[str, tuple[ModuleType, ...]], ...] = (
     ("aggregation", (aggregation,)),
     ("divergence", (kl,)),
     ("regularizer", (regularizers,)),
+    ("distillation", (distillation,)),
     ("shaping", (reward_shaping,)),
     ("critic", (value_loss,)),
 )

@@ -59,6 +59,7 @@ WHEN_IT_HELPS: Mapping[str, str] = MappingProxyType(
         "k3": "a loss term that is never negative",
         "unbiased_k3": "a loss term on stale data",
         "squared_log_ratio": "a pull back to the sampling policy, beside any loss",
+        "on_policy_distillation": "a stronger model with the same tokens is at hand",
         "kl_in_reward": "a critic or token-level returns",
         "overlong_penalty": "replies that run into the length limit",
         "clipped_value_loss": "several critic updates on the same targets",

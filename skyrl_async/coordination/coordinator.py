@@ -15,19 +15,21 @@ the train loop, and the train loop never waits for one particular group.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from skyrl_async.coordination.checkpointing import Checkpointing, CheckpointStore
+from skyrl_async.coordination.coordinator_settings import CoordinatorSettings
 from skyrl_async.coordination.deadlines import Deadline
 from skyrl_async.coordination.engine_fleet import EngineFleet, EngineWorker, FleetSettings
+from skyrl_async.coordination.errors import WorkerFailed, blaming
+from skyrl_async.coordination.evaluation import Evaluations
 from skyrl_async.coordination.filters import FilterSettings, GroupFilter
 from skyrl_async.coordination.guard import CollapseGuard, GuardedTraining
 from skyrl_async.coordination.ledger import GroupLedger
 from skyrl_async.coordination.run_metrics import Progress, RunMetrics
+from skyrl_async.coordination.run_state import RunState, ledger_counts
 from skyrl_async.coordination.workers import LearnerGroup, RolloutWorker, Tasks
 from skyrl_async.types import (
     Assignment,
@@ -36,51 +38,13 @@ from skyrl_async.types import (
     RolloutReport,
     SampledBatch,
     StepResult,
-    Task,
     TrajectoryGroup,
 )
 
-logger = logging.getLogger(__name__)
+__all__ = ["MAX_SKIPPED_STEPS", "Coordinator", "CoordinatorSettings", "WorkerFailed"]
 
 MAX_SKIPPED_STEPS = 10
 """Consecutive learner steps without a finite gradient after which the run gives up."""
-
-
-class WorkerFailed(Exception):
-    """A worker or a loop of the run ended with an error; the message begins with its name."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CoordinatorSettings:
-    """When to stop, and how long to wait.
-
-    Attributes:
-        steps: learner steps.
-        max_seconds: of training; None for no limit.
-        stop_at_eval_reward: an evaluation that reaches it ends the run; None for never.
-        evaluation_every_steps: learner steps between evaluations; 0 evaluates only at the end.
-        evaluation_tasks: held-out tasks; none never evaluates.
-        max_groups_per_actor: in flight at one actor.
-        poll_wait_s: an actor reports at least this often.
-        answer_timeout_s: an actor that does not answer a call for this long has failed.
-        step_timeout_s: a learner step that takes longer has failed.
-        stall_timeout_s: without a batch for this long, the run has failed.
-        evaluation_timeout_s: an evaluation that takes longer has failed.
-        max_failed_groups: consecutive groups without one that succeeds, after which the run fails.
-    """
-
-    steps: int
-    max_seconds: float | None = None
-    stop_at_eval_reward: float | None = None
-    evaluation_every_steps: int = 0
-    evaluation_tasks: tuple[Task, ...] = ()
-    max_groups_per_actor: int = 1024
-    poll_wait_s: float = 1.0
-    answer_timeout_s: float = 60.0
-    step_timeout_s: float = 600.0
-    stall_timeout_s: float = 700.0
-    evaluation_timeout_s: float = 300.0
-    max_failed_groups: int = 200
 
 
 class Coordinator:
@@ -89,7 +53,7 @@ class Coordinator:
     ::
 
         coordinator = Coordinator(...)
-        await coordinator.run()      # cancel it to interrupt the run
+        await coordinator.run()      # stop() ends it after the step, cancelling it at once
 
     Args:
         tasks: to play.
@@ -103,6 +67,8 @@ class Coordinator:
         clock: seconds, monotonic.
         filters: groups that are not worth training; without them all are.
         guard: acts when training is about to collapse.
+        checkpoints: writes them; without it there are none.
+        start: where the run goes on; the other arguments must be there already.
     """
 
     def __init__(
@@ -118,10 +84,15 @@ class Coordinator:
         engines: Mapping[str, EngineWorker] | None = None,
         filters: FilterSettings | None = None,
         guard: CollapseGuard | None = None,
+        checkpoints: CheckpointStore | None = None,
+        start: RunState | None = None,
     ) -> None:
+        self._start = start or RunState()
         self._guarded = None
         if guard is not None:
-            self._guarded = GuardedTraining(guard, groups=groups, learner=learner)
+            self._guarded = GuardedTraining(
+                guard, groups=groups, learner=learner, max_staleness=self._start.max_staleness
+            )
         self._filter = GroupFilter(filters or FilterSettings())
         self._tasks = tasks
         self._groups = groups
@@ -132,12 +103,24 @@ class Coordinator:
         self._clock = clock
         self._in_flight: Counter[str] = Counter()
         self._actor_of: dict[int, str] = {}
-        self._policy_version = 0
+        self._policy_version = self._start.policy_version
         self._failed_in_a_row = 0
         self._news = asyncio.Event()
-        self._evaluation: asyncio.Task[None] | None = None
-        self._reached_eval_reward = False
+        self._stopping = False
         self._fleet = self._make_fleet(engines) if engines else None
+        self._evaluations = Evaluations(
+            rollouts=self._rollouts,
+            fleet=self._fleet,
+            metrics=metrics,
+            settings=settings.evaluation,
+            on_target=self._news.set,
+        )
+        self._checkpoints = Checkpointing(
+            checkpoints,
+            every_steps=settings.checkpoint_every_steps,
+            timeout_s=settings.checkpoint_timeout_s,
+            last_step=self._start.step,
+        )
 
     def _make_fleet(self, engines: Mapping[str, EngineWorker]) -> EngineFleet:
         return EngineFleet(
@@ -157,20 +140,42 @@ class Coordinator:
         await self._admit()
         self._news.set()
 
+    @property
+    def has_store(self) -> bool:
+        """Whether checkpoints are written."""
+        return self._checkpoints.enabled
+
+    def stop(self) -> None:
+        """End the run after the step that is under way, with a checkpoint and no evaluation."""
+        self._stopping = True
+        self._news.set()
+
+    def state(self) -> RunState:
+        """Return where the run is; between two learner steps only."""
+        guarded = self._guarded
+        return RunState(
+            step=self._metrics.steps,
+            policy_version=self._policy_version,
+            tasks=self._tasks.state(),
+            groups=ledger_counts(self._groups.state()),
+            max_staleness=None if guarded is None else guarded.max_staleness,
+            guard=None if guarded is None else guarded.state(),
+            metrics=self._metrics.state(),
+        )
+
     async def run(self) -> None:
         """Train until a limit is reached.
 
         Raises:
             WorkerFailed: if a worker, or a loop, ended with an error; named after it.
         """
+        if self._fleet is None:
+            await self._join_engines()
         named = {
             asyncio.create_task(self._collect(name, worker)): name
             for name, worker in self._rollouts.items()
         }
-        if self._fleet is None:
-            for name in self._rollouts:
-                self._groups.engine_joined(name, 0)
-        else:
+        if self._fleet is not None:
             named |= {asyncio.create_task(self._fleet.watch(n)): n for n in self._fleet.names}
         training = asyncio.create_task(self._train())
         named[training] = "training"
@@ -179,13 +184,25 @@ class Coordinator:
             done, _ = await asyncio.wait(named, return_when=asyncio.FIRST_COMPLETED)
             # A dead worker also ends the training; its own name says more.
             for task in sorted(done, key=lambda t: t is training):
-                with _blaming(named[task]):
+                with blaming(named[task]):
                     task.result()
         finally:
-            others = [*named, *([self._evaluation] if self._evaluation else [])]
-            for task in others:
+            for task in named:
                 task.cancel()
-            await asyncio.gather(*others, return_exceptions=True)
+            await asyncio.gather(*named, return_exceptions=True)
+            await self._evaluations.cancel()
+            await self._checkpoints.cancel()
+
+    async def _join_engines(self) -> None:
+        """Count in each actor's own engine, once it has the weights from which the run goes on."""
+        version, settings = self._policy_version, self._settings
+        for name, worker in self._rollouts.items():
+            with blaming(name):
+                async with Deadline(settings.answer_timeout_s, f"policy version {version} there"):
+                    loaded = 0
+                    while loaded < version:
+                        loaded = (await worker.poll(wait_s=settings.poll_wait_s)).engine_version
+            self._groups.engine_joined(name, version)
 
     async def _collect(self, name: str, worker: RolloutWorker) -> None:
         """Take reports of one actor, for ever."""
@@ -248,29 +265,29 @@ class Coordinator:
             assignment = Assignment(group_id=slot.group_id, task=self._tasks.next())
             assignments.setdefault(name, []).append(assignment)
         for name, batch in assignments.items():
-            with _blaming(name):
+            with blaming(name):
                 async with Deadline(self._settings.answer_timeout_s, "new tasks to be taken"):
                     await self._rollouts[name].submit(batch)
 
     async def _train(self) -> None:
         """Take batches and train on them until a limit is reached, then evaluate once more."""
         settings = self._settings
-        started_s = self._clock()
         skipped = 0
         if self._guarded is not None:
             await self._guarded.start()
-        for step in range(1, settings.steps + 1):
+        for step in range(self._start.step + 1, settings.steps + 1):
             left_s = None
             if settings.max_seconds is not None:
-                left_s = started_s + settings.max_seconds - self._clock()
+                left_s = settings.max_seconds - self._metrics.seconds
                 if left_s <= 0:
                     break
             batch = await self._next_batch(left_s)
-            if batch is None or self._reached_eval_reward:
+            if batch is None or self._is_over:
                 break
-            with _blaming("learner"):
+            with blaming("learner"):
                 async with Deadline(settings.step_timeout_s, "a step"):
                     result = await self._learner.step(batch)
+            await self._checkpoints.join()
             await self._finish_step(step, batch, result)
             skipped = skipped + 1 if result.skipped else 0
             if skipped >= MAX_SKIPPED_STEPS:
@@ -278,9 +295,17 @@ class Coordinator:
                     f"{skipped} learner steps in a row had a loss or gradient that was not finite; "
                     "lower optimizer.learning_rate or look at the rewards"
                 )
+            await self._checkpoints.after_step(step, self.state)
             await self._admit()
-            self._evaluate_if_due(step)
-        await self._evaluate_at_the_end()
+            self._evaluations.start_if_due(step)
+        await self._checkpoints.write(self._metrics.steps, self.state)
+        if not self._stopping:
+            await self._evaluate_at_the_end()
+        await self._checkpoints.join()
+
+    @property
+    def _is_over(self) -> bool:
+        return self._stopping or self._evaluations.reached_target
 
     async def _next_batch(self, left_s: float | None) -> SampledBatch | None:
         """Wait for a batch; None when the time for training is over.
@@ -297,7 +322,7 @@ class Coordinator:
             self._metrics.departed(outcome.departed)
             if outcome.released:
                 await self._admit()
-            if outcome.batch is not None or self._reached_eval_reward:
+            if outcome.batch is not None or self._is_over:
                 return outcome.batch
             try:
                 async with asyncio.timeout(max(0.0, end_s - self._clock())):
@@ -340,61 +365,12 @@ class Coordinator:
         if outcome.policy_version is not None:
             self._policy_version = outcome.policy_version
 
-    def _evaluate_if_due(self, step: int) -> None:
-        if self._evaluation is not None and self._evaluation.done():
-            self._evaluation.result()
-            self._evaluation = None
-        every = self._settings.evaluation_every_steps
-        due = every and step % every == 0 and self._settings.evaluation_tasks
-        if due and self._evaluation is None:
-            self._evaluation = asyncio.create_task(self._evaluate())
-
-    async def _evaluate(self) -> None:
-        """Play the held-out tasks at the version that one engine has now."""
-        name, worker = next(iter(self._rollouts.items()))
-        tasks = self._settings.evaluation_tasks
-        with _blaming(name):
-            async with Deadline(self._settings.evaluation_timeout_s, "an evaluation"):
-                if self._fleet is None:
-                    result = await worker.evaluate(tasks)
-                else:
-                    result = await self._fleet.evaluate(
-                        lambda endpoint: worker.evaluate(tasks, endpoint=endpoint)
-                    )
-        self._metrics.evaluated(result)
-        logger.info(
-            "evaluation at policy version %d: reward %.3f over %d tasks, %d failed",
-            result.policy_version,
-            result.mean_reward,
-            result.num_tasks,
-            result.num_failures,
-        )
-        target = self._settings.stop_at_eval_reward
-        if target is not None and result.mean_reward >= target:
-            self._reached_eval_reward = True
-            self._news.set()
-
     async def _evaluate_at_the_end(self) -> None:
         """Evaluate the last version, unless an evaluation already stopped the run."""
-        if self._evaluation is not None:
-            await self._evaluation
-        if not self._settings.evaluation_tasks or self._reached_eval_reward:
+        if not await self._evaluations.wait():
             return
         async with Deadline(self._settings.answer_timeout_s, "the last weights to become live"):
             while self._groups.live_version < self._policy_version:
                 self._news.clear()
                 await self._news.wait()
-        last = self._metrics.last_evaluation
-        if last is None or last.policy_version != self._policy_version:
-            await self._evaluate()
-
-
-@contextlib.contextmanager
-def _blaming(name: str) -> Iterator[None]:
-    """Put the name of a worker or loop before the text of an error that has none yet."""
-    try:
-        yield
-    except WorkerFailed:
-        raise
-    except Exception as error:
-        raise WorkerFailed(f"{name}: {error}" if str(error) else f"{name}: {error!r}") from error
+        await self._evaluations.finish(self._policy_version)

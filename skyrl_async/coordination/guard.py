@@ -131,6 +131,33 @@ class CollapseGuard:
             self._reward = None
         return GuardDecision(action=action, cause="; ".join(found))
 
+    def state(self) -> dict[str, float | int | None]:
+        """Return what :meth:`restore` needs to go on from here; it can be written as JSON."""
+        best = self._best_reward
+        return {
+            "bad_steps": self._bad_steps,
+            "healthy_steps": self._healthy_steps,
+            "level": self._level,
+            "best_reward": best if math.isfinite(best) else None,
+            "reward": self._reward,
+        }
+
+    def restore(self, state: Mapping[str, float | int | None]) -> None:
+        """Go on where :meth:`state` was taken.
+
+        Raises:
+            ValueError: if the state is of another form.
+        """
+        try:
+            self._bad_steps, self._healthy_steps, self._level = (
+                int(state[name] or 0) for name in ("bad_steps", "healthy_steps", "level")
+            )
+            best = state["best_reward"]
+            self._best_reward = -math.inf if best is None else float(best)
+            self._reward = state["reward"]
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"the saved collapse guard is of another form ({error!r})") from None
+
     def _reward_signs(self, reward: float | None) -> Iterator[str]:
         """Compare a running mean of the reward with the best that it ever was."""
         drop = self._settings.max_reward_drop
@@ -181,18 +208,34 @@ class GuardedTraining:
         guard: decides.
         groups: admission and replay buffer.
         learner: all ranks.
+        max_staleness: the bound that the guard of an earlier part of the run has set.
+
+    Attributes:
+        max_staleness: the bound that the guard has set, None if it has set none.
     """
 
     def __init__(
-        self, guard: CollapseGuard, *, groups: GroupLedger, learner: RevertibleLearner
+        self,
+        guard: CollapseGuard,
+        *,
+        groups: GroupLedger,
+        learner: RevertibleLearner,
+        max_staleness: int | None = None,
     ) -> None:
         self._guard = guard
         self._groups = groups
         self._learner = learner
+        self.max_staleness = max_staleness
+        if max_staleness is not None and max_staleness < groups.max_staleness:
+            groups.tighten(max_staleness)
 
     async def start(self) -> None:
         """Keep the initial weights, to which a rollback can always go."""
         await self._learner.remember()
+
+    def state(self) -> dict[str, float | int | None]:
+        """Return what :meth:`CollapseGuard.restore` needs; the weights kept are not in it."""
+        return self._guard.state()
 
     async def after_step(self, step: int, metrics: Mapping[str, float | None]) -> GuardOutcome:
         """Look at a finished step, and act."""
@@ -210,6 +253,7 @@ class GuardedTraining:
             bound = self._groups.max_staleness // 2
             logger.warning("collapse guard: staleness.max is now %d", bound)
             self._groups.tighten(bound)
+            self.max_staleness = bound
         elif action is GuardAction.LOWER_RATE:
             await self._learner.scale_rate(RATE_FACTOR)
         elif action is GuardAction.ROLLBACK:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -52,9 +52,19 @@ class RunMetrics:
     Args:
         recorder: writes one line per learner step.
         clock: seconds, monotonic; the run's time starts now.
+        state: of :meth:`state`, to go on from there.
+
+    Raises:
+        ValueError: if the state is of another form.
     """
 
-    def __init__(self, recorder: Recorder, *, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        recorder: Recorder,
+        *,
+        clock: Callable[[], float],
+        state: Mapping[str, Any] | None = None,
+    ) -> None:
         self._recorder = recorder
         self._clock = clock
         self._started_s = clock()
@@ -71,6 +81,8 @@ class RunMetrics:
         self._staleness_max = 0
         self._steps = 0
         self._skipped_steps = 0
+        if state:
+            self._restore(state)
 
     def rollout_report(self, report: RolloutReport) -> None:
         """Record what an actor reported."""
@@ -142,7 +154,7 @@ class RunMetrics:
     ) -> dict[str, float | None]:
         """Record a finished step and write all metrics since the step before."""
         if self._first_step_s is None:
-            self._first_step_s = self._clock() - self._started_s
+            self._first_step_s = self.seconds
         r = self._recorder
         self._steps = progress.step
         self._cost += cost
@@ -185,6 +197,60 @@ class RunMetrics:
         return written
 
     @property
+    def steps(self) -> int:
+        """Learner steps done, skipped ones included."""
+        return self._steps
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training, of all processes that the run had."""
+        return self._clock() - self._started_s
+
+    def checkpoint_written(self, save_s: float) -> None:
+        """Record the seconds until a checkpoint was whole; written with the next step."""
+        self._recorder.record("checkpoint/save_s", save_s)
+
+    def state(self) -> dict[str, Any]:
+        """Return the totals, to go on from; values of JSON."""
+        last = self.last_evaluation
+        return {
+            "steps": self._steps,
+            "skipped_steps": self._skipped_steps,
+            "seconds": self.seconds,
+            "seconds_to_first_step": self._first_step_s,
+            "reward_means": list(self._reward_means),
+            "last_evaluation": None if last is None else asdict(last),
+            "dropped": dict(self._dropped),
+            "guard_actions": dict(self._guard_actions),
+            "failed_members": dict(self._failed_members),
+            "tokens_generated": self._generated,
+            "trajectories_trained": self._trajectories_trained,
+            "tokens_trained": self._tokens_trained,
+            "staleness_cost": asdict(self._cost),
+            "staleness_max": self._staleness_max,
+        }
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        try:
+            last = state["last_evaluation"]
+            self._evaluations = [] if last is None else [EvaluationResult(**last)]
+            self._cost = StalenessCost(**state["staleness_cost"])
+            self._started_s -= float(state["seconds"])
+            self._first_step_s = state["seconds_to_first_step"]
+            self._reward_means = [float(mean) for mean in state["reward_means"]]
+            self._dropped.update(state["dropped"])
+            self._guard_actions.update(state["guard_actions"])
+            self._failed_members.update(state["failed_members"])
+            self._generated = float(state["tokens_generated"])
+            self._trajectories_trained = int(state["trajectories_trained"])
+            self._tokens_trained = int(state["tokens_trained"])
+            self._staleness_max = int(state["staleness_max"])
+            self._steps = int(state["steps"])
+            self._skipped_steps = int(state["skipped_steps"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"the saved totals are of another form ({error!r})") from None
+
+    @property
     def last_evaluation(self) -> EvaluationResult | None:
         """The newest evaluation."""
         return self._evaluations[-1] if self._evaluations else None
@@ -196,7 +262,7 @@ class RunMetrics:
         return {
             "steps": self._steps,
             "skipped_steps": self._skipped_steps,
-            "seconds": self._clock() - self._started_s,
+            "seconds": self.seconds,
             "seconds_to_first_step": self._first_step_s,
             "reward_final": sum(tail) / len(tail) if tail else None,
             "eval_reward_final": last.mean_reward if last else None,

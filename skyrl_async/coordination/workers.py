@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from skyrl_async.types import (
@@ -20,6 +20,10 @@ class Tasks(Protocol):
 
     def next(self) -> Task:
         """Return the next task."""
+        ...
+
+    def state(self) -> Mapping[str, Any]:
+        """Return what a checkpoint keeps of the stream, as values of JSON."""
         ...
 
 

@@ -108,9 +108,6 @@ def split_by_cost(
     return parts
 
 
-split_evenly = split_by_cost
-
-
 @dataclass(frozen=True, slots=True)
 class _Branch:
     """One sequence of a tree.

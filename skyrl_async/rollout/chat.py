@@ -72,6 +72,25 @@ class Chat:
         stop = "" if stopped else self._stop_text
         return list(self._encode(stop + self._before + observation + self._after))
 
+    def reply(self, text: str) -> list[int]:
+        """Return the token ids of a reply that somebody else wrote, its stop token included.
+
+        Raises:
+            ValueError: if the policy could not say it: it is empty, contains the stop token, or
+                has parts that the tokenizer does not know.
+        """
+        if not text:
+            raise ValueError("the reply is empty")
+        ids = list(self._encode_uncached(text))
+        if set(ids) & set(self.stop_token_ids):
+            raise ValueError(f"the reply {text!r} contains the stop token {self._stop_text!r}")
+        if self._tokenizer.unk_token_id in ids:
+            raise ValueError(
+                f"the reply {text!r} has parts that the tokenizer does not know; it reads "
+                f"{self._tokenizer.decode(ids)!r}"
+            )
+        return [*ids, *self.stop_token_ids]
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of a reply, without its stop token."""
         return self._decode(tuple(token_ids))

@@ -25,8 +25,10 @@ import torch
 from skyrl_async.rollout.engine_batch import Batch, Request, choose_batch
 from skyrl_async.rollout.engine_client import EngineStats
 from skyrl_async.rollout.engine_meter import EngineMeter
-from skyrl_async.rollout.kv_slots import SlotCache, make_packed_forward
+from skyrl_async.rollout.kv_slots import SlotCache
+from skyrl_async.rollout.packed_forward import make_packed_forward
 from skyrl_async.rollout.sampler import sample_tokens
+from skyrl_async.rollout.slot_attention import to_device
 from skyrl_async.rollout.slot_table import SlotTable
 from skyrl_async.rollout.weight_exchange import exchange_parameters
 from skyrl_async.types import FinishReason, Generation, Int32Array, Sampling
@@ -59,7 +61,7 @@ class EmbeddedEngine:
         """Take over ``model``: nobody else may change its parameters or attention.
 
         Args:
-            model: a causal LM whose layers all have full attention.
+            model: a causal LM on the device to compute on; layers may have sliding windows.
             max_concurrent: requests decoded at once; further ones wait.
             context_length: tokens of one request, prompt and reply together.
             kv_after_swap: ``recompute`` computes the context of running requests again under the
@@ -97,7 +99,7 @@ class EmbeddedEngine:
         self._cache = SlotCache(num_slots=slots, context_length=context_length)
         self._forward = make_packed_forward(model, self._cache)
         self._slots = SlotTable(num_slots=slots)
-        self._generator = torch.Generator(device=model.device).manual_seed(seed)
+        self._generator = torch.Generator().manual_seed(seed)
         self._live: dict[str, Request] = {}
         self._live_sessions: dict[str, Request] = {}
         self._running: list[Request] = []
@@ -168,7 +170,8 @@ class EmbeddedEngine:
         """Swap in ``weights``; see :meth:`EngineClient.load_weights`.
 
         The given tensors become the parameters and must not be written to until the next call has
-        returned; those of the call before are then free.
+        returned; those of the call before are then free. In host memory, for a model on another
+        device, they are copied instead and are free at once.
         """
         if policy_version <= self._policy_version:
             raise ValueError(
@@ -328,10 +331,10 @@ class EmbeddedEngine:
             for request, count in zip(batch.requests, batch.counts, strict=True)
         ]
         plan = self._cache.plan(rows, device=device)
-        ids = torch.tensor([batch.new_token_ids], device=device)
+        ids = to_device(np.array([batch.new_token_ids], np.int64), device)
         prefilled, reprefilled = batch.count_prefill()
         complete, sources = batch.advance()
-        wanted = torch.from_numpy(plan.last_tokens[sources]).to(device)
+        wanted = to_device(plan.last_tokens[sources], device)
         logits = self._forward(ids, plan, wanted)
         self._copy_contexts(batch)
         finished = self._append(complete, logits) if complete else False

@@ -1,11 +1,13 @@
-"""Replacing all parameters of a model by given tensors, without copying them."""
+"""Replacing all parameters of a model by given tensors, without copying them on one device."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+
+_HOST = torch.device("cpu")
 
 
 def exchange_parameters(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -14,13 +16,17 @@ def exchange_parameters(model: nn.Module, weights: Mapping[str, Tensor]) -> None
     The old tensors are not referred to afterwards. Until the next exchange the given ones belong
     to the model and must not be written to.
 
+    Tensors in host memory of a model on another device are copied into its parameters instead (fast
+    from page-locked memory); the copies are done when this returns, and no memory of the device is
+    needed beside the parameters.
+
     Args:
         model: whose parameters are replaced, all of them.
         weights: by parameter name. A tied parameter may be given under each of its names, if the
-            values are equal.
+            values are equal. On the model's device, or all in host memory.
 
     Raises:
-        ValueError: if a name is missing or unknown, or a shape, dtype or device differs, or tied
+        ValueError: if a name is missing or unknown, or a shape, dtype or device is wrong, or tied
             names differ in value; then nothing was changed.
     """
     canonical: dict[int, str] = {}
@@ -44,15 +50,29 @@ def exchange_parameters(model: nn.Module, weights: Mapping[str, Tensor]) -> None
     missing = parameters.keys() - chosen.keys()
     if missing:
         raise ValueError(f"missing parameter {min(missing)!r} ({len(missing)} missing in all)")
-    for name, parameter in parameters.items():
-        parameter.data = chosen[name].detach()
+    _exchange([(parameter, chosen[name].detach()) for name, parameter in parameters.items()])
+
+
+@torch.no_grad()
+def _exchange(pairs: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
+    copied = None
+    for parameter, tensor in pairs:
+        if tensor.device == parameter.device:
+            parameter.data = tensor
+        else:
+            parameter.copy_(tensor, non_blocking=True)
+            copied = parameter.device
+    if copied is not None and copied.type == "cuda":
+        torch.cuda.current_stream(copied).synchronize()
 
 
 def _check_like(name: str, tensor: Tensor, parameter: nn.Parameter) -> None:
-    given = (tuple(tensor.shape), tensor.dtype, tensor.device)
-    expected = (tuple(parameter.shape), parameter.dtype, parameter.device)
-    if given != expected:
-        raise ValueError(
-            f"parameter {name!r} must be {expected[0]} {expected[1]} on {expected[2]}, "
-            f"got {given[0]} {given[1]} on {given[2]}"
-        )
+    if (tensor.shape, tensor.dtype) == (parameter.shape, parameter.dtype) and (
+        tensor.device in (parameter.device, _HOST)
+    ):
+        return
+    raise ValueError(
+        f"parameter {name!r} must be {tuple(parameter.shape)} {parameter.dtype} on "
+        f"{parameter.device} or in host memory, got {tuple(tensor.shape)} {tensor.dtype} on "
+        f"{tensor.device}"
+    )

@@ -83,7 +83,12 @@ class EmbeddedEngines:
             swapping = asyncio.run_coroutine_threadsafe(swap(weights, policy_version), loop)
             swapping.result(timeout_s)
 
-        transport = receiving_end(address, expected=self._layout(), policy_version=0)
+        transport = receiving_end(
+            address,
+            expected=self._layout(),
+            policy_version=0,
+            pinned=self._config.engine.device == "cuda",
+        )
         self._receiver = WeightReceiver(transport, load)
 
     def set_engines(self, endpoints: Sequence[EngineEndpoint]) -> None:

@@ -277,6 +277,7 @@ class RayRuntime:
         spread = config.cluster.address is not None and config.cluster.spread
         actor_class = ray.remote(RayRolloutActor).options(
             num_cpus=config.cluster.actor_cpus,
+            num_gpus=config.engine.gpus_per_engine if config.engine.kind == "embedded" else 0,
             max_concurrency=1000,
             scheduling_strategy="SPREAD" if spread else "DEFAULT",
         )

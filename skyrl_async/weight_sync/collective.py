@@ -176,6 +176,7 @@ class CollectiveReceiver:
         expected: layout of the engine's parameters, ``WeightLayout.of(model.named_parameters())``.
         policy_version: that the engine runs now; -1 if its weights count for nothing.
         shared: stage into named shared memory, for an engine in another process.
+        pinned: stage into page-locked memory, for an engine on a GPU.
     """
 
     def __init__(
@@ -185,9 +186,12 @@ class CollectiveReceiver:
         expected: WeightLayout,
         policy_version: int = -1,
         shared: bool = False,
+        pinned: bool = False,
     ) -> None:
         self._pair = Pair(address, rank=1)
-        self._staging = WeightStaging(expected, policy_version=policy_version, shared=shared)
+        self._staging = WeightStaging(
+            expected, policy_version=policy_version, shared=shared, pinned=pinned
+        )
 
     def receive(self, timeout_s: float) -> StagedWeights | None:
         """Wait for a version, stage and verify it, as :class:`WeightReceiverTransport` says."""

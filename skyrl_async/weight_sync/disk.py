@@ -120,6 +120,7 @@ class DiskReceiver:
         policy_version: that the engine runs now; -1 if its weights count for nothing.
         poll_interval_s: between two looks into the folder.
         shared: stage into named shared memory, for an engine in another process.
+        pinned: stage into page-locked memory, for an engine on a GPU.
     """
 
     def __init__(
@@ -130,9 +131,12 @@ class DiskReceiver:
         policy_version: int = -1,
         poll_interval_s: float = 0.02,
         shared: bool = False,
+        pinned: bool = False,
     ) -> None:
         self._folder = folder
-        self._staging = WeightStaging(expected, policy_version=policy_version, shared=shared)
+        self._staging = WeightStaging(
+            expected, policy_version=policy_version, shared=shared, pinned=pinned
+        )
         self._poll_interval_s = poll_interval_s
         self._sequence = 0
         self._closed = threading.Event()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from skyrl_async.weight_sync.collective import CollectiveReceiver
 from skyrl_async.weight_sync.disk import DiskReceiver
@@ -16,7 +17,12 @@ Address = PairAddress | DirectAddress | Path
 
 
 def receiving_end(
-    address: Address, *, expected: WeightLayout, policy_version: int, shared: bool = False
+    address: Address,
+    *,
+    expected: WeightLayout,
+    policy_version: int,
+    shared: bool = False,
+    pinned: bool = False,
 ) -> WeightReceiverTransport:
     """Return the receiver for a sender's address.
 
@@ -25,13 +31,16 @@ def receiving_end(
         expected: layout of the engine's parameters.
         policy_version: that the engine runs now; -1 if its weights count for nothing.
         shared: stage into named shared memory, for an engine in another process.
+        pinned: stage into page-locked memory, for an engine on a GPU.
     """
     if isinstance(address, DirectAddress):
         return DirectReceiver(address, expected=expected)
+    options: dict[str, Any] = {
+        "expected": expected,
+        "policy_version": policy_version,
+        "shared": shared,
+        "pinned": pinned,
+    }
     if isinstance(address, Path):
-        return DiskReceiver(
-            address, expected=expected, policy_version=policy_version, shared=shared
-        )
-    return CollectiveReceiver(
-        address, expected=expected, policy_version=policy_version, shared=shared
-    )
+        return DiskReceiver(address, **options)
+    return CollectiveReceiver(address, **options)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from skyrl_async.coordination.admission import Admission
+from skyrl_async.coordination.checkpointing import CheckpointStore
 from skyrl_async.coordination.coordinator import (
     MAX_SKIPPED_STEPS,
     Coordinator,
@@ -20,6 +21,7 @@ from skyrl_async.coordination.filters import FilterSettings
 from skyrl_async.coordination.guard import CollapseGuard, GuardSettings
 from skyrl_async.coordination.ledger import GroupLedger
 from skyrl_async.coordination.run_metrics import RunMetrics
+from skyrl_async.coordination.run_state import RunState
 from skyrl_async.coordination.staleness import StalenessRule
 from skyrl_async.environments.tasks import TaskSource, heldout_tasks
 from skyrl_async.metrics.recorder import Recorder
@@ -69,6 +71,8 @@ def make_run(
     clock: Callable[[], float] = time.monotonic,
     guard: GuardSettings | None = None,
     filters: FilterSettings | None = None,
+    checkpoints: CheckpointStore | None = None,
+    start: RunState | None = None,
     **settings: Any,
 ) -> Run:
     events: list[Event] = []
@@ -87,16 +91,24 @@ def make_run(
             max_staleness=bound,
             largest_group_bytes=LARGEST_GROUP_BYTES,
             capacity_bytes=100 * LARGEST_GROUP_BYTES,
+            live_version=start.policy_version if start else 0,
         ),
         buffer=ReplayBuffer(
             groups_per_step=BATCH,
             rule=rule,
         ),
+        state=start.ledger_state() if start else None,
     )
     sink = ListSink()
-    metrics = RunMetrics(Recorder([sink], clock=clock), clock=clock)
+    metrics = RunMetrics(
+        Recorder([sink], clock=clock), clock=clock, state=start.metrics if start else None
+    )
+    tasks = TaskSource("number_guess", seed=0)
+    if start is not None:
+        tasks.restore(start.tasks)
+        fake_learner.version = start.policy_version
     coordinator = Coordinator(
-        tasks=TaskSource("number_guess", seed=0),
+        tasks=tasks,
         groups=ledger,
         rollouts={worker.name: worker for worker in fakes},
         learner=fake_learner,
@@ -107,6 +119,8 @@ def make_run(
         clock=clock,
         guard=CollapseGuard(guard) if guard is not None else None,
         filters=filters,
+        checkpoints=checkpoints,
+        start=start,
     )
     return Run(coordinator, ledger, fakes, fake_learner, metrics, sink.lines, events)
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 
 import pytest
@@ -322,3 +323,57 @@ def test_summary_of_a_run_without_a_step(world):
     assert (summary["steps"], summary["seconds"], summary["dropped"]) == (0, 2.0, {})
     assert summary["reward_final"] is None and summary["eval_reward_final"] is None
     assert summary["seconds_to_first_step"] is None
+
+
+def test_totals_of_a_run_that_goes_on_are_those_of_one_that_never_stopped():
+    """The same reports and steps, once in one process and once in two."""
+
+    def first_half(world: World) -> None:
+        world.metrics.rollout_report(report(group(1.0, 0.0, failures=(DropReason.STEP_TIMEOUT,))))
+        world.metrics.dropped([DroppedGroup(group_id=9, reason=DropReason.ZERO_VARIANCE)])
+        world.metrics.guarded("warn")
+        world.step(group(1.0, 0.0), staleness={0: 3, 2: 1}, cost=StalenessCost(lost_tokens=4))
+        world.metrics.evaluated(
+            EvaluationResult(policy_version=1, mean_reward=0.5, num_tasks=3, num_failures=1)
+        )
+        world.step(group(1.0), skipped=True)
+
+    def second_half(world: World) -> None:
+        world.metrics.rollout_report(report(group(0.5), generated_tokens=8.0))
+        world.step(group(0.5), staleness={1: 2}, cost=StalenessCost(kept_tokens=12))
+
+    whole = World()
+    first_half(whole)
+    second_half(whole)
+
+    before = World()
+    first_half(before)
+    state = json.loads(json.dumps(before.metrics.state(), allow_nan=False))
+    after = World()
+    after.clock.now = 9e6
+    after.metrics = RunMetrics(
+        Recorder([after.sink], clock=after.clock), clock=after.clock, state=state
+    )
+    after.steps = 2
+    assert after.metrics.steps == 2
+    second_half(after)
+
+    assert after.metrics.summary() == whole.metrics.summary()
+    assert after.metrics.state() == whole.metrics.state()
+    name = "staleness/lost_generation_fraction"
+    assert after.sink.lines[-1][name] == whole.sink.lines[-1][name] == 4 / 16
+
+
+def test_totals_of_another_form_are_refused():
+    world = World()
+    state = world.metrics.state()
+    del state["tokens_trained"]
+    with pytest.raises(ValueError, match="another form"):
+        RunMetrics(Recorder([]), clock=world.clock, state=state)
+
+
+def test_seconds_of_a_checkpoint_are_written_once(world):
+    world.metrics.checkpoint_written(0.25)
+    assert world.step(group(1.0), staleness={0: 1})["checkpoint/save_s"] == 0.25
+    assert "checkpoint/save_s" not in world.step(group(1.0), staleness={0: 1})
+    assert find("checkpoint/save_s") is not None

@@ -145,6 +145,20 @@ def test_without_float32_the_logits_are_those_of_a_bfloat16_linear_layer():
     assert logprobs.dtype == F32 and (logprobs - exact).abs().max() > 1e-3
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_a_gpu_bfloat16_products_come_out_in_float32():
+    case = Case(BF16, length=300)
+    case.targets, case.shares = case.targets.cuda(), case.shares.cuda()
+    for name in ("hidden", "weight", "bias", "temperature"):
+        setattr(case, name, getattr(case, name).cuda())
+    got, wanted = case.results(head_outputs, BF16), case.results(plain, F64)
+    for a, b in zip(got[:2], wanted[:2], strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
+    for a, b in zip(got[2:], wanted[2:], strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=2**-6, atol=2**-6)
+
+
 def test_autocast_does_not_round_the_logits():
     case = Case(F32)
     args = (case.hidden, case.weight, case.targets, case.temperature)

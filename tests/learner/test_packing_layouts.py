@@ -195,6 +195,7 @@ def test_the_pair_cost_counts_the_operations_of_a_layer():
 def test_an_empty_microbatch_runs_and_has_zero_gradients(layout):
     microbatch = empty_microbatch(dtype=F64, layout=layout)
     assert microbatch.token_ids.shape == (1, 1) and microbatch.num_loss_tokens == 0
+    assert (microbatch.segments is None) == (layout == "tree")
     model = build_tiny_model(hidden_size=16, num_heads=2).double()
     use_attention(model, "sdpa")
     outputs = token_outputs(model, microbatch)

@@ -21,6 +21,7 @@ def test_every_section_of_the_layout_has_charts_and_no_metric_is_drawn_twice():
     layout = charts()
     assert list(layout) == [
         "train",
+        "fine-tuning",
         "off-policy",
         "staleness",
         "throughput",

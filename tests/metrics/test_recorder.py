@@ -214,3 +214,13 @@ def test_nothing_is_lost_when_threads_record_at_once(recorder):
 def test_close_closes_every_sink(recorder, sink):
     recorder.close()
     assert sink.closed
+
+
+def test_time_of_a_run_that_goes_on_continues(sink, clock):
+    recorder = Recorder([sink], clock=clock, seconds_before=100.0)
+    recorder.count("throughput/trajectories", 20)
+    clock.now += 10
+    recorder.flush(7)
+    (_, metrics, _) = sink.lines[0]
+    assert metrics["time_s"] == 110
+    assert metrics["throughput/trajectories_per_s"] == 2

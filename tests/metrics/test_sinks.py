@@ -71,9 +71,19 @@ def test_jsonl_does_not_overwrite_a_run(tmp_path):
         JsonlSink(path)
 
 
-def test_a_resumed_run_replaces_the_steps_after_its_checkpoint(tmp_path):
+@pytest.mark.parametrize(
+    "rest",
+    [
+        b'{"step": 3}\n{"step": 4, "rew',
+        b"",
+        b'{"step": 3',
+        b"\x00\x00\x00\x00\n\xff\n",
+        b'{"stop": 3}\n[]\n',
+    ],
+)
+def test_a_resumed_run_replaces_the_steps_after_its_checkpoint(tmp_path, rest):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 4, "rew')
+    path.write_bytes(b'{"step": 1}\n{"step": 2}\n' + rest)
     sink = JsonlSink(path, resume_step=2)
     sink.write(3, metrics={"reward/mean": 0.7}, histograms={})
     sink.close()
@@ -125,6 +135,7 @@ def test_tensorboard_groups_the_charts_in_sections(tmp_path):
     sections = {category.title: category for category in layout.category}
     assert list(sections) == [
         "train",
+        "fine-tuning",
         "off-policy",
         "staleness",
         "throughput",

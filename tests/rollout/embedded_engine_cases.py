@@ -3,13 +3,14 @@
 import asyncio
 import contextlib
 import copy
+import random
 from collections.abc import AsyncIterator, Sequence
 
 import torch
 
 from skyrl_async.learner.tiny_policy import build_tiny_model
 from skyrl_async.rollout.embedded_engine import EmbeddedEngine
-from skyrl_async.types import Generation
+from skyrl_async.types import Generation, Sampling
 
 TOLERANCE = 1e-4
 DEADLINE_S = 30.0
@@ -91,3 +92,28 @@ async def decode_steps(engine: EmbeddedEngine, count: int) -> None:
             return
         await asyncio.sleep(0)
     raise AssertionError(f"only {done} of {count} decode steps happened")
+
+
+async def play_while_swapping(engine, models, *, sessions, steps_between=4, vocab_size=64):
+    """Play multi-turn sessions while every version is loaded; return (prompt, generation)s."""
+
+    async def play(index):
+        rng, played = random.Random(index), []
+        context = [rng.randrange(vocab_size) for _ in range(rng.randint(1, 9))]
+        for turn in range(5):
+            generation = await engine.generate(
+                context,
+                Sampling(max_tokens=rng.randint(1, 9), temperature=rng.choice([0.7, 1.0])),
+                request_id=f"{index}/{turn}",
+                session_id=str(index),
+            )
+            played.append((context, generation))
+            observation = [rng.randrange(vocab_size) for _ in range(rng.randint(1, 5))]
+            context = context + generation.token_ids.tolist() + observation
+        return played
+
+    tasks = [asyncio.create_task(play(i)) for i in range(sessions)]
+    for version in range(1, len(models)):
+        await decode_steps(engine, steps_between)
+        await engine.load_weights(weights_of(models[version]), policy_version=version)
+    return [pair for played in await asyncio.gather(*tasks) for pair in played]

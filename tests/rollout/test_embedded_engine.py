@@ -9,8 +9,6 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
 )
 
 from skyrl_async.rollout.embedded_engine import EmbeddedEngine
@@ -451,21 +449,6 @@ def test_other_model_families_work(family):
     for turns in asyncio.run(scenario()):
         for context, generation in turns:
             assert deviation([reference], context, generation) <= TOLERANCE
-
-
-def test_a_model_with_a_window_below_the_context_is_refused():
-    config = MistralConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        sliding_window=16,
-    )
-    model = MistralForCausalLM(config)
-    with pytest.raises(ValueError, match="sliding window 16"):
-        EmbeddedEngine(model, max_concurrent=1, context_length=32)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,4 @@
 import asyncio
-import random
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from tests.rollout.embedded_engine_cases import (
     TOLERANCE,
     decode_steps,
     deviation,
+    play_while_swapping,
     rough_model,
     roughened,
     running,
@@ -19,31 +19,6 @@ from tests.rollout.embedded_engine_cases import (
 )
 
 NUM_VERSIONS = 5
-
-
-async def play_while_swapping(engine, models, *, sessions, steps_between=4):
-    """Play multi-turn sessions while every version is loaded; return (prompt, generation)s."""
-
-    async def play(index):
-        rng, played = random.Random(index), []
-        context = [rng.randrange(64) for _ in range(rng.randint(1, 9))]
-        for turn in range(5):
-            generation = await engine.generate(
-                context,
-                Sampling(max_tokens=rng.randint(1, 9), temperature=rng.choice([0.7, 1.0])),
-                request_id=f"{index}/{turn}",
-                session_id=str(index),
-            )
-            played.append((context, generation))
-            observation = [rng.randrange(64) for _ in range(rng.randint(1, 5))]
-            context = context + generation.token_ids.tolist() + observation
-        return played
-
-    tasks = [asyncio.create_task(play(i)) for i in range(sessions)]
-    for version in range(1, NUM_VERSIONS):
-        await decode_steps(engine, steps_between)
-        await engine.load_weights(weights_of(models[version]), policy_version=version)
-    return [pair for played in await asyncio.gather(*tasks) for pair in played]
 
 
 @pytest.mark.parametrize("max_prefill_tokens", [2048, 11])

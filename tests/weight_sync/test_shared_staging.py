@@ -74,14 +74,28 @@ def test_memory_of_one_process_has_no_payload():
         shared_payload(buffer.tensors)
 
 
-@pytest.mark.parametrize("shared", [True, False])
-def test_one_shared_buffer_is_enough_where_pointers_need_two(shared):
+NEEDS_CUDA = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.mark.parametrize(
+    ("memory", "is_copied"),
+    [
+        ({}, False),
+        ({"shared": True}, True),
+        pytest.param({"pinned": True}, True, marks=NEEDS_CUDA),
+    ],
+)
+def test_one_buffer_is_enough_where_it_is_copied_and_pointers_need_two(memory, is_copied):
     layout = WeightLayout.of(make_parameters(num_floats=1_000))
-    staging = WeightStaging(layout, shared=shared)
+    staging = WeightStaging(layout, **memory)
     first = staging.free_buffer()
+    assert first.flat.is_pinned() == ("pinned" in memory)
     assert staging.free_buffer() is first
     staging.commit(4)
-    assert (staging.free_buffer() is first) == shared
+    assert (staging.free_buffer() is first) == is_copied
     assert staging.policy_version == 4
     staging.admit(
         WeightManifest(
