@@ -154,7 +154,7 @@ def test_activation_checkpointing_changes_no_number():
 
 @pytest.mark.parametrize("float32_head", [False, True])
 def test_bfloat16_computes_about_the_same_step_from_float32_weights(float32_head):
-    plain, metrics = step(build_tiny_model(hidden_size=16, num_heads=2))
+    _, metrics = step(build_tiny_model(hidden_size=16, num_heads=2))
     low, metrics_low = step(
         build_tiny_model(hidden_size=16, num_heads=2),
         compute_dtype="bfloat16",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import multiprocessing
+import os
 import signal
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -271,19 +272,34 @@ def test_two_ranks_leave_the_policy_of_one(tmp_path, games):
     assert (again["status"], again["resumed_from_step"], again["steps"]) == ("finished", 8, 12)
 
 
+def on_other_ranks(number: signal.Signals) -> None:
+    for process in multiprocessing.active_children():
+        assert process.pid is not None
+        os.kill(process.pid, number)
+
+
 @pytest.mark.slow
-def test_a_rank_that_dies_is_named_and_nothing_is_left_running(tmp_path, games, monkeypatch):
-    import multiprocessing
-    import os
+def test_a_rank_that_dies_is_named(tmp_path, games, monkeypatch):
+    step = SftLoop._one_step
 
-    def kill_others(self) -> None:
-        for process in multiprocessing.active_children():
-            os.kill(process.pid, signal.SIGKILL)
-        return type(self).original(self)
+    def kill_others(self):
+        on_other_ranks(signal.SIGKILL)
+        return step(self)
 
-    monkeypatch.setattr(SftLoop, "original", SftLoop._one_step, raising=False)
     monkeypatch.setattr(SftLoop, "_one_step", kill_others)
     summary = fine_tune(tmp_path / "run", games, "learner.num_ranks=2", "learner.step_timeout_s=60")
     assert summary["status"] == "failed"
     assert "rank 1 (exit code -9) ended early" in summary["error"]
-    assert not multiprocessing.active_children() and threading.active_count() < 20
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_does_not_outlive_rank_0(tmp_path, games, monkeypatch):
+    def fail(self):
+        on_other_ranks(signal.SIGSTOP)
+        raise RuntimeError("rank 0 has enough")
+
+    monkeypatch.setattr(SftLoop, "_one_step", fail)
+    summary = fine_tune(tmp_path / "run", games, "learner.num_ranks=2")
+    assert (summary["status"], summary["error"]) == ("failed", "rank 0 has enough")
+    assert not multiprocessing.active_children()
