@@ -11,6 +11,7 @@ recorded before it minus the step from which the next process goes on, and must 
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import random
@@ -42,6 +43,7 @@ END_TIMEOUT_S = 300.0
 STARTUP_SHARE = 0.2
 """Of the kills, those that come before the first step of their process."""
 LONGEST_TRAINING_S = 4.0
+PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +104,7 @@ class Trial:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                preexec_fn=die_with_the_benchmark,
             )
 
     def kill_once(self, *, startup_s: float) -> Kill:
@@ -200,6 +203,11 @@ class Trial:
 
     def _tail(self) -> str:
         return "\n".join(self._output.read_text(errors="replace").splitlines()[-30:])
+
+
+def die_with_the_benchmark() -> None:
+    """Have the kernel kill this process when its parent ends, however that comes."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def kill_group(process: subprocess.Popen[bytes]) -> None:

@@ -106,13 +106,24 @@ def _check_model(config: Config) -> None:
             f"engine.context_length={context} is more than the model's {shape.max_positions} "
             "positions; lower it"
         )
-    window = shape.sliding_window
-    served = config.engine.kind == "sglang" and shape.model_type in _WINDOW_IGNORED_BY_SGLANG
-    if served and window is not None and context > window:
+    if config.engine.kind == "sglang":
+        _check_served(config, shape)
+
+
+def _check_served(config: Config, shape: ModelShape) -> None:
+    """Refuse what a server runs, but computes otherwise than the learner."""
+    engine, window = config.engine, shape.sliding_window
+    ignores_window = shape.model_type in _WINDOW_IGNORED_BY_SGLANG
+    if ignores_window and window is not None and engine.context_length > window:
         raise ValueError(
-            f"engine.context_length={context} is more than the sliding window of {window} tokens, "
-            f"which SGLang ignores in {shape.model_type} models, so that its logprobs would be of "
-            f"another policy; set at most {window}, or engine.kind=embedded"
+            f"engine.context_length={engine.context_length} is more than the sliding window of "
+            f"{window} tokens, which SGLang ignores in {shape.model_type} models, so that its "
+            f"logprobs would be of another policy; set at most {window}, or engine.kind=embedded"
+        )
+    if shape.model_type == "gemma2" and engine.device == "cpu":
+        raise ValueError(
+            "engine.device=cpu: SGLang's attention on a CPU leaves out the softcap of gemma2 "
+            "models, so that its logprobs would be of another policy; set engine.kind=embedded"
         )
 
 

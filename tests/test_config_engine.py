@@ -66,3 +66,22 @@ def test_a_sliding_window_that_sglang_ignores_is_refused(
     assert len(problems) == is_refused
     if is_refused:
         assert f"sliding window of {WINDOW} tokens, which SGLang ignores" in problems[0]
+
+
+@pytest.mark.parametrize(
+    ("engine", "is_refused"),
+    [
+        ({"kind": "sglang", "urls": ("http://127.0.0.1:1",)}, True),
+        ({"kind": "sglang", "urls": ("http://127.0.0.1:1",), "device": "cuda"}, False),
+        ({"kind": "embedded"}, False),
+    ],
+)
+def test_a_softcap_that_sglang_leaves_out_on_a_cpu_is_refused(engine, is_refused, tmp_path):
+    model = tmp_path / "model"
+    family_model("gemma2").save_pretrained(model)
+    build_tiny_tokenizer().save_pretrained(model)
+    problems = find_problems(
+        Config(engine=engine, model={"path": str(model)}), root=tmp_path / "runs"
+    )
+    assert len(problems) == is_refused
+    assert not is_refused or "leaves out the softcap of gemma2 models" in problems[0]

@@ -93,7 +93,6 @@ def add_adapter(model: Any, settings: LoraSettings) -> Any:
             "pip install 'skyrl_async[lora]', or set lora.rank=0"
         ) from error
     targets = list(settings.target_modules) or _linear_names(model)
-    model.requires_grad_(False)
     config = LoraConfig(
         r=settings.rank,
         # The library multiplies by lora_alpha / r, which any number can be.
@@ -106,12 +105,9 @@ def add_adapter(model: Any, settings: LoraSettings) -> Any:
     )
     inject_adapter_in_model(config, model, adapter_name=_ADAPTER)
     _check_layers(model)
-    for name, parameter in model.named_parameters():
-        trained = adapter_name(name) is not None
-        parameter.requires_grad_(trained)
-        if trained:
-            wide = torch.promote_types(parameter.dtype, torch.float32)
-            parameter.data = parameter.data.to(wide)
+    for _, parameter in adapter_parameters(model):
+        wide = torch.promote_types(parameter.dtype, torch.float32)
+        parameter.data = parameter.data.to(wide)
     return model
 
 

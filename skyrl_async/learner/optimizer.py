@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -181,21 +180,6 @@ def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
         raise ValueError(f"factor={factor}: must be finite and >= 0")
     for group in optimizer.param_groups:
         group["lr"] = group["base_rate"] * factor
-
-
-@contextmanager
-def kept_settings(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Within the context, loading a saved state does not bring back its rates, decays and betas.
-
-    So a run that is resumed with other settings trains with those.
-    """
-    settings = [
-        {name: value for name, value in group.items() if name != "params"}
-        for group in optimizer.param_groups
-    ]
-    yield
-    for group, kept in zip(optimizer.param_groups, settings, strict=True):
-        group.update(kept)
 
 
 def clip_gradients(parameters: Iterable[torch.nn.Parameter], max_norm: float) -> Tensor:

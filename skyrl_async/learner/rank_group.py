@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ipaddress
+import os
+import socket
+import sys
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, Literal
@@ -76,7 +80,14 @@ class RankGroup:
         assert store_address is not None
         host, port = store_address
         size, on_gpu = self.num_ranks, self.device.type == "cuda"
-        store = dist.TCPStore(host, port, size, is_master=self.rank == 0, timeout=self._timeout)
+        _keep_to_loopback(host)
+        options: dict[str, Any] = {}
+        if self.rank == 0:
+            # Left alone, a TCPStore listens on all interfaces.
+            options["master_listen_fd"] = socket.create_server((host, port)).detach()
+        store = dist.TCPStore(
+            host, port, size, is_master=self.rank == 0, timeout=self._timeout, **options
+        )
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
             store=store,
@@ -133,6 +144,7 @@ class RankGroup:
     def _join_alone(self) -> None:
         if not dist.is_initialized():
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+            _keep_to_loopback("127.0.0.1")
             store = dist.HashStore()
             dist.init_process_group(
                 backend, store=store, rank=0, world_size=1, timeout=self._timeout
@@ -187,3 +199,11 @@ class RankGroup:
         if self._group is not None:
             dist.destroy_process_group()
             self._group = None
+
+
+def _keep_to_loopback(host: str) -> None:
+    """Keep process groups of this process to loopback if their store is there."""
+    if ipaddress.ip_address(socket.gethostbyname(host)).is_loopback:
+        interface = "lo" if sys.platform == "linux" else "lo0"
+        for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ.setdefault(variable, interface)

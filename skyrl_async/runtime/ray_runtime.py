@@ -252,6 +252,8 @@ class RayRuntime:
         )
         os.environ.setdefault("RAY_DISABLE_IMPORT_WARNING", "1")
         ray.init(
+            # Without it Ray joins a cluster that it finds here, for example of a run just killed.
+            address="local",
             num_cpus=max(int(needed + 0.999), os.cpu_count() or 1),
             include_dashboard=False,
             _node_ip_address="127.0.0.1",

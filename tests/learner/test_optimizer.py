@@ -15,7 +15,6 @@ from skyrl_async.learner.optimizer import (
     ParameterGroup,
     build_optimizer,
     clip_gradients,
-    kept_settings,
     rate_at,
     set_rate,
 )
@@ -186,24 +185,6 @@ def test_bad_groups_factors_and_steps_are_refused():
     optimizer = build_optimizer(small_network().named_parameters(), OptimizerSettings())
     with pytest.raises(ValueError, match="factor=-1"):
         set_rate(optimizer, -1.0)
-
-
-def test_a_restored_optimizer_has_the_saved_moments_and_the_present_settings():
-    network = small_network()
-    first = build_optimizer(network.named_parameters(), OptimizerSettings(learning_rate=1e-2))
-    loss_of(network, 1).backward()
-    first.step()
-    settings = OptimizerSettings(learning_rate=1e-4, weight_decay=0.3, betas=(0.8, 0.9))
-    second = build_optimizer(network.named_parameters(), settings)
-    with kept_settings(second):
-        second.load_state_dict(copy.deepcopy(first.state_dict()))
-    assert [g["lr"] for g in second.param_groups] == [1e-4, 1e-4]
-    assert [g["base_rate"] for g in second.param_groups] == [1e-4, 1e-4]
-    assert [g["weight_decay"] for g in second.param_groups] == [0.3, 0.0]
-    assert {g["betas"] for g in second.param_groups} == {(0.8, 0.9)}
-    for parameter in network.parameters():
-        saved, loaded = first.state[parameter]["exp_avg"], second.state[parameter]["exp_avg"]
-        assert torch.equal(saved, loaded)
 
 
 def test_gradients_are_scaled_to_the_norm_only_if_they_are_longer():

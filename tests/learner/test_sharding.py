@@ -16,6 +16,7 @@ from skyrl_async.learner.rank_group import RankGroup
 from skyrl_async.learner.sharding import ShardingSettings, local_rows, prepare
 from skyrl_async.learner.tiny_policy import build_tiny_model
 from tests.records import random_batch
+from tests.weight_sync.test_collective import listeners_of_this_process
 
 
 def moe_model():
@@ -188,3 +189,19 @@ def test_a_float32_head_keeps_the_logprobs_closer_to_float32():
     low = logprobs(ShardingSettings(compute_dtype="bfloat16"))
     higher = logprobs(ShardingSettings(compute_dtype="bfloat16", float32_head=True))
     assert (higher - exact).abs().mean() < (low - exact).abs().mean() < 0.1
+
+
+def _listen(rank: int, num_ranks: int, port: int, folder: str) -> None:
+    ranks = join(rank, num_ranks, port, shard_ranks=num_ranks)
+    ranks.mesh()
+    ranks.new_shard_group()
+    ranks.sum_(torch.zeros(1))
+    torch.save({address for address, _ in listeners_of_this_process()}, f"{folder}/{rank}.pt")
+    ranks.sum_(torch.zeros(1))
+    ranks.close()
+
+
+def test_ranks_on_one_machine_listen_on_loopback_only(tmp_path: Path, free_port):
+    start(_listen, free_port, str(tmp_path), num_ranks=2)
+    for rank in range(2):
+        assert torch.load(tmp_path / f"{rank}.pt") == {"127.0.0.1"}

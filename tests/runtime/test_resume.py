@@ -279,3 +279,18 @@ def test_a_run_goes_on_with_another_number_of_ranks_and_shards(tmp_path: Path):
         summary = finish(process, folder, timeout_s=150)
         assert (summary["status"], summary["steps"]) == ("finished", steps), output_of(folder)
     check_rows(metrics_of(folder), steps=9)
+
+
+@pytest.mark.ray
+def test_a_run_does_not_join_a_cluster_that_it_finds_on_its_machine(tmp_path: Path):
+    """That of a run which was just killed would still be there for a moment."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+    try:
+        folder = tmp_path / "run"
+        process = start(folder, "runtime=ray", *RESUMED, "run.steps=2", RAY_ADDRESS=cluster.address)
+        summary = finish(process, folder, timeout_s=100)
+        assert summary["status"] == "finished", output_of(folder)
+    finally:
+        cluster.shutdown()

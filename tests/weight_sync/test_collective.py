@@ -376,17 +376,18 @@ def test_idle_receiver_notices_at_once_that_its_sender_left(store: dist.TCPStore
 
 
 def test_only_loopback_is_listened_on() -> None:
+    already = listeners_of_this_process()
     store = host_store()
     with Pair(store, make_parameters()) as pair:
-        before_connection = _listeners()
+        before_connection = listeners_of_this_process() - already
         assert pair.sender.address.control_port in {port for _, port in before_connection}
         send(pair, 1)
-        listeners = _listeners()
+        listeners = listeners_of_this_process() - already
     assert store.port in {port for _, port in listeners}
     assert {address for address, _ in before_connection | listeners} == {"127.0.0.1"}
 
 
-def _listeners() -> set[tuple[str, int]]:
+def listeners_of_this_process() -> set[tuple[str, int]]:
     """Addresses and ports on which this process listens, from /proc."""
     inodes = set()
     for descriptor in os.listdir("/proc/self/fd"):
