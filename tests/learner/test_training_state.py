@@ -255,6 +255,7 @@ def test_a_full_disk_is_an_error_of_the_writer(tmp_path):
     assert messages.get() == "rank 0 could not write: [Errno 27] File too large"
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_change_of_the_file_system_leaves_a_whole_checkpoint(tmp_path):
     """Right before every file or folder that is made, synced, renamed or removed."""
     expected = {step: write_and_read(tmp_path / "once" / str(step), step) for step in (1, 2)}

@@ -69,7 +69,8 @@ def check_rows(rows: list[dict[str, Any]], *, steps: int) -> None:
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
-    "runtime", ["runtime=local", pytest.param("runtime=ray", marks=pytest.mark.ray)]
+    "runtime",
+    ["runtime=local", pytest.param("runtime=ray", marks=[pytest.mark.ray, pytest.mark.slow])],
 )
 def test_a_run_that_is_killed_twice_goes_on_each_time(tmp_path: Path, runtime: str):
     folder = tmp_path / "run"
@@ -266,6 +267,7 @@ def test_an_exported_policy_has_its_adapters_merged_and_the_type_that_was_asked_
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_run_goes_on_with_another_number_of_ranks_and_shards(tmp_path: Path):
     folder = tmp_path / "run"
