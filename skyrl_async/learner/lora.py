@@ -149,6 +149,9 @@ def _check_layers(model: Any) -> None:
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    if not has_adapter(model):
+        # Loading the library takes seconds, and it may not be there.
+        return iter(())
     from peft.tuners.lora import LoraLayer
 
     return ((name, m) for name, m in model.named_modules() if isinstance(m, LoraLayer))

@@ -1,5 +1,7 @@
 """A learner worker with sharded weights: what it trains, publishes, saves and goes on from."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -157,3 +159,18 @@ def test_merged_adapters_are_published_and_saved(tmp_path, free_port, shard_rank
     saved = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "policy").named_parameters())
     for name, parameter in adapted.named_parameters():
         assert torch.allclose(parameter, saved[name], atol=1e-6), name
+
+
+def test_without_adapters_the_library_for_them_is_not_loaded(tmp_path):
+    """It is an extra, and slow to load."""
+    code = (
+        "import sys; sys.modules['peft'] = None\n"
+        "from skyrl_async.config import Config\n"
+        "from skyrl_async.runtime.learner_worker import LearnerWorker\n"
+        "worker = LearnerWorker(Config()); worker.start()\n"
+        "from pathlib import Path; worker.save_policy(Path(sys.argv[1])); worker.close()\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "policy")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "policy" / "model.safetensors").is_file()
