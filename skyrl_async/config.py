@@ -258,6 +258,7 @@ class Config(Section):
             *distillation_problems(
                 self.distillation,
                 algorithm=self.algorithm,
+                correction=self.correction,
                 critic=self.critic,
                 filters=self.filters,
             ),

@@ -6,7 +6,12 @@ from collections.abc import Iterator
 
 from pydantic import Field
 
-from skyrl_async.config_algorithm import AlgorithmSection, CriticSection, FiltersSection
+from skyrl_async.config_algorithm import (
+    AlgorithmSection,
+    CorrectionSection,
+    CriticSection,
+    FiltersSection,
+)
 from skyrl_async.config_section import Section
 
 _DEPENDENT = ("coefficient", "reward_weight", "max_log_ratio")
@@ -29,6 +34,7 @@ def distillation_problems(
     distillation: DistillationSection,
     *,
     algorithm: AlgorithmSection,
+    correction: CorrectionSection,
     critic: CriticSection,
     filters: FiltersSection,
 ) -> Iterator[str]:
@@ -47,6 +53,12 @@ def distillation_problems(
             f"algorithm.proximal=interpolated, distillation.teacher={distillation.teacher}: the "
             "teacher is compared with the logprobs at the start of the step; set "
             "algorithm.proximal=recomputed"
+        )
+    if correction.opsm_delta is not None:
+        yield (
+            f"correction.opsm_delta={correction.opsm_delta}, distillation.teacher="
+            f"{distillation.teacher}: it masks by advantages before the teacher has spoken; remove "
+            "correction.opsm_delta"
         )
     if distillation.reward_weight:
         return

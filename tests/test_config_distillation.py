@@ -38,6 +38,7 @@ def test_every_key_arrives():
     [
         (["distillation.coefficient=2"], "there is no teacher; set distillation.teacher"),
         (["distillation.teacher=a", "algorithm.proximal=interpolated"], "recomputed"),
+        (["distillation.teacher=a", "correction.opsm_delta=0.1"], "remove correction.opsm_delta"),
         (
             ["distillation.teacher=a", "algorithm.advantage=gae", "critic.kind=head"],
             "critic.kind=head, distillation.reward_weight=0",
