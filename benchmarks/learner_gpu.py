@@ -16,7 +16,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -99,18 +99,7 @@ SMALL = Shape(
     vocab_size=512,
     tied=True,
 )
-SMALL_ADAPTED = Shape(
-    name="small-lora",
-    hidden_size=64,
-    intermediate_size=128,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    vocab_size=512,
-    tied=False,
-    lora_rank=4,
-)
+SMALL_ADAPTED = replace(SMALL, name="small-lora", tied=False, lora_rank=4)
 
 
 def make_model(shape: Shape, *, device: str, dtype: torch.dtype) -> Any:
