@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
@@ -78,6 +80,11 @@ def run_rank(plan: SftPlan, data: DemonstrationSet, rank: int, address: tuple[st
 
     with SftLoop(plan, data, rank=rank, store_address=address) as loop:
         loop.run()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Tearing down an interpreter that has had process groups aborts now and then: a thread of
+    # theirs is not joined.
+    os._exit(0)
 
 
 def _failed(processes: list[BaseProcess]) -> str:

@@ -4,8 +4,6 @@ import re
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -19,6 +17,7 @@ from skyrl_async.learner.optimizer import (
     set_rate,
 )
 from skyrl_async.learner.tiny_policy import build_tiny_model
+from tests.learner.rank_processes import run_ranks
 
 
 def small_network(seed: int = 0) -> nn.Sequential:
@@ -233,26 +232,20 @@ def whole(parameter: nn.Parameter) -> torch.Tensor:
     return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter.detach()
 
 
-def train_sharded(rank: int, port: int) -> None:
-    torch.set_num_threads(1)
-    store = dist.TCPStore("127.0.0.1", port, 2, is_master=rank == 0)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    try:
-        mesh = init_device_mesh("cpu", (2,))
-        for everything in (True, False):
-            alone, network = small_network(), small_network()
-            expected = trained(alone, list(alone.parameters()))
-            fully_shard(network[0], mesh=mesh)
-            if everything:
-                fully_shard(network, mesh=mesh)
-            norms = trained(network, list(network.parameters()))
-            assert norms == pytest.approx(expected, rel=1e-10)
-            assert min(norms) > 0.5
-            for a, b in zip(network.parameters(), alone.parameters(), strict=True):
-                torch.testing.assert_close(whole(a), b, rtol=1e-10, atol=1e-12)
-    finally:
-        dist.destroy_process_group()
+def train_sharded() -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    for everything in (True, False):
+        alone, network = small_network(), small_network()
+        expected = trained(alone, list(alone.parameters()))
+        fully_shard(network[0], mesh=mesh)
+        if everything:
+            fully_shard(network, mesh=mesh)
+        norms = trained(network, list(network.parameters()))
+        assert norms == pytest.approx(expected, rel=1e-10)
+        assert min(norms) > 0.5
+        for a, b in zip(network.parameters(), alone.parameters(), strict=True):
+            torch.testing.assert_close(whole(a), b, rtol=1e-10, atol=1e-12)
 
 
 def test_two_ranks_with_sharded_parameters_train_like_one(free_port):
-    mp.spawn(train_sharded, args=(free_port,), nprocs=2)
+    run_ranks(train_sharded, num_ranks=2, port=free_port)

@@ -134,7 +134,7 @@ def test_two_ranks_train_like_one_with_and_without_shards():
     ports = [probe.getsockname()[1] for probe in probes]
     for probe in probes:
         probe.close()
-    mp.spawn(train_on_two_ranks, args=(ports,), nprocs=2)
+    mp.start_processes(train_on_two_ranks, (ports,), nprocs=2, start_method="forkserver")
 
 
 def test_a_step_that_is_not_finite_changes_nothing():
