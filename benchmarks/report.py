@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -46,6 +47,8 @@ def finish(
         "benchmark": name,
         "commit": commit(),
         "hardware": _hardware(),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "command": _command(),
         "seconds": round(time.perf_counter() - started, 1),
         "misses": list(misses),
         **figures,
@@ -55,6 +58,24 @@ def finish(
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(line + "\n")
     print(line)
+
+
+def _command() -> str:
+    """Return what repeats this, without where the result went and with interpreters unnamed."""
+    words = [f"benchmarks/{Path(sys.argv[0]).name}"]
+    arguments = iter(sys.argv[1:])
+    for word in arguments:
+        name, _, value = word.partition("=")
+        if name == "--output":
+            if not value:
+                next(arguments, None)
+        elif name.endswith("-python"):
+            if not value:
+                next(arguments, None)
+            words.append(f"{name} PATH")
+        else:
+            words.append(word)
+    return " ".join(("python", *words))
 
 
 def commit() -> str:

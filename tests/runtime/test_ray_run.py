@@ -59,7 +59,10 @@ def test_two_actors_and_two_ranks_train_and_leave_no_process(tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("class_name", "name"),
-    [("RayRolloutActor", "rollout actor 0"), ("RayLearnerRank", "learner 0")],
+    [
+        ("RayRolloutActor", "rollout actor 0"),
+        pytest.param("RayLearnerRank", "learner 0", marks=pytest.mark.slow),
+    ],
 )
 def test_a_worker_that_dies_ends_the_run_with_its_name(tmp_path: Path, class_name: str, name: str):
     folder = tmp_path / "run"
@@ -87,6 +90,7 @@ def test_ctrl_c_stops_within_five_seconds_and_leaves_no_process(tmp_path: Path):
     wait_until(lambda: not ray_processes(folder), timeout_s=5, what="all processes ended")
 
 
+@pytest.mark.slow
 def test_actors_are_placed_on_both_nodes_of_a_cluster(tmp_path: Path):
     from ray.cluster_utils import Cluster
 

@@ -70,7 +70,10 @@ def check_rows(rows: list[dict[str, Any]], *, steps: int) -> None:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     "runtime",
-    ["runtime=local", pytest.param("runtime=ray", marks=[pytest.mark.ray, pytest.mark.slow])],
+    [
+        pytest.param("runtime=local", marks=pytest.mark.slow),
+        pytest.param("runtime=ray", marks=[pytest.mark.ray, pytest.mark.slow]),
+    ],
 )
 def test_a_run_that_is_killed_twice_goes_on_each_time(tmp_path: Path, runtime: str):
     folder = tmp_path / "run"
@@ -284,6 +287,7 @@ def test_a_run_goes_on_with_another_number_of_ranks_and_shards(tmp_path: Path):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_run_does_not_join_a_cluster_that_it_finds_on_its_machine(tmp_path: Path):
     """That of a run which was just killed would still be there for a moment."""
     from ray.cluster_utils import Cluster
