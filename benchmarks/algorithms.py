@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
+from measuring import peak_bytes, seconds
 from report import finish, parse_args
 from torch import Tensor
 
@@ -135,25 +134,6 @@ def subjects() -> dict[str, AlgorithmSettings]:
         named[f"ppo_clip + {name}"] = AlgorithmSettings(correction=correction)
     named["ppo_clip + squared log ratio"] = AlgorithmSettings(squared_log_ratio_coefficient=1e-3)
     return named
-
-
-def seconds(call: Callable[[], None]) -> float:
-    started = time.perf_counter()
-    call()
-    return time.perf_counter() - started
-
-
-def peak_bytes(call: Callable[[], None]) -> int:
-    """Return by how much the resident set grew at most, on Linux."""
-    before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
-    call()
-    return _status("VmHWM") - before
-
-
-def _status(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024
 
 
 def measure(*, rounds: int, num_tokens: int, memory_tokens: int) -> list[dict[str, Any]]:
