@@ -157,12 +157,22 @@ def _refuse(message: str) -> int:
 
 
 def _leave(exit_code: int) -> NoReturn:
-    """End the process; an interrupted one does not wait for a step that a thread is in."""
-    if exit_code > 128 and threading.active_count() > 1:
+    """End the process.
+
+    An interrupted one does not wait for a step that a thread is in, and none for a tracker that
+    hangs, whose library waits for its server at the end of the interpreter.
+    """
+    if threading.active_count() > 1 and (exit_code > 128 or _tracker_hangs()):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(exit_code)
     sys.exit(exit_code)
+
+
+def _tracker_hangs() -> bool:
+    from skyrl_async.metrics.trackers import left_behind
+
+    return left_behind()
 
 
 def _relative(path: Path) -> str:

@@ -22,11 +22,14 @@ from skyrl_async.config_algorithm import (
 )
 from skyrl_async.config_distillation import DistillationSection, distillation_problems
 from skyrl_async.config_engine import EngineSection, engine_problems
+from skyrl_async.config_lab import LabSection, lab_problems
 from skyrl_async.config_learner import LearnerSection, learner_problems
+from skyrl_async.config_logging import LoggingSection
 from skyrl_async.config_lora import LoraSection, lora_problems
 from skyrl_async.config_optimizer import OptimizerSection, optimizer_problems
 from skyrl_async.config_section import Section
 from skyrl_async.config_sft import SftSection
+from skyrl_async.config_simulate import SimulateSection, simulate_problems
 from skyrl_async.types import BYTES_PER_TOKEN, RECORD_OVERHEAD_BYTES
 
 
@@ -45,6 +48,12 @@ class RunSection(Section):
     """Stop after this many seconds of training, whichever comes first."""
     stop_at_eval_reward: float | None = None
     """Stop when an evaluation reaches this mean reward."""
+    dashboard: bool = False
+    """Serve a live page of the run, and its metrics for Prometheus."""
+    dashboard_host: str = "127.0.0.1"
+    """Address that it listens on; it asks nobody for a password."""
+    dashboard_port: int = Field(default=0, ge=0, lt=65536)
+    """Port of it; 0 takes a free one."""
 
 
 class CheckpointSection(Section):
@@ -185,15 +194,6 @@ class EvaluationSection(Section):
     """An evaluation that takes longer ends the run."""
 
 
-class LoggingSection(Section):
-    """What one sees."""
-
-    console: Literal["auto", "live", "plain", "off"] = "auto"
-    """auto: a live table on a terminal, plain lines otherwise and under CI."""
-    tensorboard: bool = True
-    """Write TensorBoard events."""
-
-
 class Config(Section):
     """Everything about one run."""
 
@@ -223,6 +223,8 @@ class Config(Section):
     learner: LearnerSection = LearnerSection()
     weight_sync: WeightSyncSection = WeightSyncSection()
     evaluation: EvaluationSection = EvaluationSection()
+    lab: LabSection = LabSection()
+    simulate: SimulateSection = SimulateSection()
     sft: SftSection = SftSection()
     logging: LoggingSection = LoggingSection()
 
@@ -253,8 +255,30 @@ class Config(Section):
                 critic_kind=self.critic.kind,
                 advantage=self.algorithm.advantage,
             ),
-            *lora_problems(self.lora, engine_kind=self.engine.kind, critic_kind=self.critic.kind),
+            *lora_problems(
+                self.lora,
+                engine_kind=self.engine.kind,
+                weight_load=self.engine.weight_load,
+                critic_kind=self.critic.kind,
+            ),
             *optimizer_problems(self.optimizer),
+            *simulate_problems(
+                self.simulate,
+                engine_kind=self.engine.kind,
+                num_ranks=self.learner.num_ranks,
+                lora_publish=self.lora.publish,
+                guard_enabled=self.guard.enabled,
+                timeout_s=self.weight_sync.timeout_s,
+            ),
+            *lab_problems(
+                self.lab,
+                engine_kind=self.engine.kind,
+                max_staleness=self.staleness.max,
+                max_times_sampled=self.replay.max_times_sampled,
+                guard_enabled=self.guard.enabled,
+                resume=self.run.resume,
+                learner=self.learner,
+            ),
             *distillation_problems(
                 self.distillation,
                 algorithm=self.algorithm,

@@ -11,9 +11,11 @@ from typing import Any
 from skyrl_async.checkpoint import read_run_state
 from skyrl_async.config import Config
 from skyrl_async.config_keys import show
+from skyrl_async.config_lora import served_module_problems
 from skyrl_async.config_optimizer import check_schedule
 from skyrl_async.coordination.run_state import RunState
 from skyrl_async.coordination.staleness import max_admitted
+from skyrl_async.metrics.trackers import check_trackers
 from skyrl_async.model_folder import ModelShape, is_hub_name, read_model_folder
 from skyrl_async.resume import find_resume
 from skyrl_async.rollout.engine_launch import MIN_SGLANG_VERSION, check_extra_args
@@ -49,6 +51,7 @@ def find_problems(config: Config, *, root: Path = DEFAULT_ROOT) -> list[str]:
         ("optimizer.groups: ", lambda: _check_groups(config)),
         (f"distillation.teacher={config.distillation.teacher}: ", lambda: _check_teacher(config)),
         ("", lambda: _check_engine(config)),
+        ("", lambda: check_trackers(config.logging.trackers)),
         ("", lambda: check_run_folder(config, root=root)),
         ("", lambda: _check_resume(config)),
     )
@@ -170,8 +173,13 @@ def _check_lora(config: Config) -> None:
             f"lora.rank={config.lora.rank} needs the library peft; install it with "
             "pip install 'skyrl_async[lora]', or set lora.rank=0"
         )
-    if _is_known(config):
-        _trained_parameters(config)
+    if not _is_known(config):
+        return
+    trained = _trained_parameters(config)
+    if config.engine.kind == "sglang" and config.lora.publish == "adapter":
+        adapted = (name.rpartition(".lora_")[0] for name, _ in trained if ".lora_" in name)
+        for problem in served_module_problems(adapted):
+            raise ValueError(problem)
 
 
 def _is_known(config: Config) -> bool:
@@ -310,6 +318,8 @@ def _workers(config: Config) -> str:
     else:
         servers = _count(engine.num_engines, "SGLang server")
         counts += f", {servers} to start, on {engine.device}, with {at_once} each"
+    if simulated := config.simulate.parts:
+        counts += f"; only simulated: {' and '.join(simulated)}"
     if config.runtime == "local":
         return f"in this process: {counts}"
     address = config.cluster.address
@@ -321,6 +331,9 @@ def _workers(config: Config) -> str:
 
 
 def _staleness(config: Config) -> str:
+    lag = config.lab.exact_lag
+    if lag is not None:
+        return f"exactly {_count(lag, 'version')} after the first {lag} steps, in lock step"
     return (
         f"at most {_count(config.staleness.max, 'version')}, rule {config.staleness.rule}; at most "
         f"{_max_admitted(config)} groups admitted and not released"
@@ -349,6 +362,9 @@ def _memory_parts(config: Config) -> Iterator[str]:
             yield f"{_bytes(4 * size * shape.num_parameters)} per learner rank"
         # The weights in use, those of the next version, and those of an evaluation.
         yield f"{_bytes(3 * size * shape.num_parameters)} of weights per actor"
+        if config.lab.exact_lag:
+            older = config.lab.exact_lag * size * shape.num_parameters
+            yield f"{_bytes(older)} of older weights beside the learner"
     if shape.num_layers is not None and shape.kv_width is not None:
         tokens = config.engine.max_concurrent * config.engine.context_length
         cache = 2 * size * shape.num_layers * shape.kv_width * tokens

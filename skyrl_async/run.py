@@ -9,7 +9,7 @@ import signal
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from skyrl_async.checkpoint import read_run_state
 from skyrl_async.checkpoint_writer import CheckpointWriter, StatefulLearner
@@ -32,16 +32,23 @@ from skyrl_async.environments.tasks import TaskSource, heldout_tasks
 from skyrl_async.metrics.console import ConsoleSink
 from skyrl_async.metrics.recorder import Recorder, Sink
 from skyrl_async.metrics.sinks import JsonlSink, TensorBoardSink
+from skyrl_async.metrics.trackers import Status, TrackerSink, end_trackers, start_trackers
+from skyrl_async.metrics.waste import WasteFacts, largest_waste
 from skyrl_async.replay.buffer import ReplayBuffer
 from skyrl_async.replay.selectors import fifo, uniform
+from skyrl_async.report.writing import write_report_in_time
 from skyrl_async.resume import Resume
 from skyrl_async.run_folder import RunFolder
 from skyrl_async.types import EvaluationResult
+
+if TYPE_CHECKING:
+    from skyrl_async.report.server import ReportServer
 
 logger = logging.getLogger(__name__)
 
 FINISHED, FAILED, INTERRUPTED = 0, 1, 130
 CLOSE_TIMEOUT_S = 4.0
+REPORT_TIMEOUT_S = 20.0
 
 
 class SavingLearner(LearnerGroup, StatefulLearner, Protocol):
@@ -124,16 +131,21 @@ class _Run:
         self._startup_seconds: float | None = None
         self._metrics: RunMetrics | None = None
         self._recorder: Recorder | None = None
+        self._trackers: tuple[TrackerSink, ...] = ()
         self._workers: Mapping[str, Any] = {}
         self._task: asyncio.Task[None] | None = None
         self._coordinator: Coordinator | None = None
         self._stopped_by: signal.Signals | None = None
         self._stopped_s: float | None = None
+        self._dashboard: ReportServer | None = None
 
     async def run(self) -> int:
         self._task = asyncio.create_task(self._body())
         self._listen_to_signals()
+        if self._config.run.dashboard:
+            self._dashboard = self._open_dashboard()
         error = ""
+        status: Status
         try:
             await self._task
             status, code = "finished", FINISHED
@@ -168,6 +180,19 @@ class _Run:
         """Return how long closing may take: less if an interrupt has waited for a checkpoint."""
         waited_s = 0.0 if self._stopped_s is None else time.monotonic() - self._stopped_s
         return max(1.0, CLOSE_TIMEOUT_S - waited_s)
+
+    def _open_dashboard(self) -> ReportServer | None:
+        from skyrl_async.report.server import open_server
+
+        run, announce = self._config.run, self._console.announce
+        host, port = run.dashboard_host, run.dashboard_port
+        return open_server(self._folder.path, host=host, port=port, announce=announce)
+
+    def _report_timeout_s(self) -> float:
+        """Return how long the report may take: less if the run was interrupted."""
+        if self._stopped_s is None:
+            return REPORT_TIMEOUT_S
+        return max(0.5, CLOSE_TIMEOUT_S - (time.monotonic() - self._stopped_s))
 
     def _listen_to_signals(self) -> None:
         loop = asyncio.get_running_loop()
@@ -228,6 +253,11 @@ class _Run:
         ]
         if self._config.logging.tensorboard:
             sinks.append(TensorBoardSink(path / "tensorboard", resume_step=resume_step))
+        logs = self._config.logging
+        self._trackers = start_trackers(
+            logs.trackers, project=logs.project, folder=path, config=self._config.model_dump()
+        )
+        sinks += self._trackers
         self._recorder = Recorder(
             sinks, clock=time.monotonic, seconds_before=float(start.metrics.get("seconds", 0.0))
         )
@@ -242,7 +272,7 @@ class _Run:
         metrics = _start_of(self._folder).metrics
         return RunMetrics(Recorder([]), clock=time.monotonic, state=metrics).summary()
 
-    def _finish(self, status: str, error: str) -> None:
+    def _finish(self, status: Status, error: str) -> None:
         summary: dict[str, Any] = {
             "status": status,
             "steps": 0,
@@ -259,16 +289,45 @@ class _Run:
         summary["total_seconds"] = time.monotonic() - self._started_s
         summary["staleness_configured_max"] = self._config.staleness.max
         summary["seed"] = self._config.seed
+        waste = largest_waste(summary.get("idle", {}), _waste_facts(self._config))
+        summary["largest_waste"] = None if waste is None else waste.to_json()
+        lag = self._config.lab.exact_lag
+        if lag is not None:
+            # So many steps trained tokens of the initial weights, for want of older ones.
+            summary["lab"] = {"exact_lag": lag, "warmup_steps": min(lag, summary["steps"])}
+        if simulated := self._config.simulate.parts:
+            summary["simulated"] = list(simulated)
         summary["runtime"] = self._config.runtime
         resume = self._folder.resume
         summary["resumed_from_step"] = None if resume is None else resume.manifest.step
         summary["workers"] = dict(self._workers)
         if error:
             summary["error"] = error
+        summary["trackers_lost_steps"] = self._end_trackers(status)
+        self._folder.write_summary(summary)
+        if self._config.logging.report:
+            write_report_in_time(self._folder.path, timeout_s=self._report_timeout_s())
+        if self._dashboard is not None:
+            self._dashboard.close()
+        self._console.finish(summary, run_dir=self._folder.path)
+        # Last, since this turns the console off.
         if self._recorder is not None:
             self._recorder.close()
-        self._folder.write_summary(summary)
-        self._console.finish(summary, run_dir=self._folder.path)
+
+    def _end_trackers(self, status: Status) -> Mapping[str, int]:
+        """Let all trackers take what is left; return how many steps each one did not take."""
+        timeout_s = self._config.logging.tracker_timeout_s
+        if status == "interrupted":
+            timeout_s = min(timeout_s, self._close_timeout_s())
+        return end_trackers(self._trackers, status=status, timeout_s=timeout_s)
+
+
+def _waste_facts(config: Config) -> WasteFacts:
+    return WasteFacts(
+        engine_kind=config.engine.kind,
+        staleness_max=config.staleness.max,
+        kv_after_swap=config.engine.kv_after_swap,
+    )
 
 
 def _make_runtime(config: Config, folder: RunFolder) -> Runtime:
@@ -305,11 +364,14 @@ def _make_writer(
 def _make_ledger(config: Config, start: RunState) -> GroupLedger:
     batch, bound, replay = config.learner.groups_per_step, config.staleness, config.replay
     rule = StalenessRule(name=bound.rule, max_staleness=bound.max, groups_per_step=batch)
+    lag = config.lab.exact_lag
     return GroupLedger(
         rule=rule,
         admission=Admission(
             groups_per_step=batch,
-            max_staleness=bound.max,
+            # With an exact lag a batch is played, trained and published before the next one begins.
+            max_staleness=bound.max if lag is None else 0,
+            publishing_lag=lag or 0,
             largest_group_bytes=config.largest_group_bytes,
             capacity_bytes=replay.capacity_bytes,
             capacity_groups=replay.capacity_groups,
@@ -346,6 +408,7 @@ def _coordinator_settings(config: Config) -> CoordinatorSettings:
         evaluation_tasks=heldout_tasks(environment.name, evaluation.num_tasks),
         max_groups_per_actor=config.rollout.max_groups_per_actor,
         step_timeout_s=config.learner.step_timeout_s,
+        publishes_late=bool(config.lab.exact_lag),
         stall_timeout_s=2 * environment.episode_timeout_s + config.weight_sync.timeout_s,
         evaluation_timeout_s=evaluation.timeout_s,
         checkpoint_every_steps=config.checkpoint.every_steps,

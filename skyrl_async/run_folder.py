@@ -34,7 +34,7 @@ SET_ASIDE = "set_aside"
 """Where a run that goes on moves what it does not go on with."""
 
 _RUN_FILES = ("summary.json", "metrics.jsonl", "policy")
-_ENDS = ("summary.json", "policy", "policy.partial")
+_ENDS = ("summary.json", "report.html", "policy", "policy.partial")
 _SUBFOLDERS = ("tensorboard", CHECKPOINTS)
 _WEIGHTS = "weights"
 """Versions on their way to engines; those of a dead run must not be loaded."""
@@ -270,7 +270,8 @@ def _go_on_here(path: Path, config: Config) -> tuple[Resume | None, Path | None]
     shutil.rmtree(path / _WEIGHTS, ignore_errors=True)
     moved = [path / name for name in _ENDS]
     if resume is None:
-        moved += [*checkpoints_in(root), path / "metrics.jsonl", *_tensorboard_files(path)]
+        lines = (path / "metrics.jsonl", path / "samples.jsonl")
+        moved += [*checkpoints_in(root), *lines, path / "trace", *_tensorboard_files(path)]
     else:
         newest_first = reversed(checkpoints_in(root))
         moved += itertools.takewhile(lambda other: other != resume.checkpoint, newest_first)
@@ -314,8 +315,9 @@ def _go_on_with(resume: Resume | None, path: Path) -> Resume | None:
         return None
     checkpoint = adopt(resume.checkpoint, path / CHECKPOINTS)
     before = resume.run_folder
-    if before is not None and (before / "metrics.jsonl").exists():
-        shutil.copyfile(before / "metrics.jsonl", path / "metrics.jsonl")
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        if before is not None and (before / name).exists():
+            shutil.copyfile(before / name, path / name)
     return replace(resume, checkpoint=checkpoint)
 
 

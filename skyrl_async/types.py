@@ -175,6 +175,8 @@ class Generation:
     """``[T, layers, experts per token]``, the experts that computed each token."""
     sampling_masks: tuple[Int32Array, ...] | None = None
     """For each token the ids that top-p and top-k left to sample from."""
+    queued_s: float = 0.0
+    """Seconds in which the request waited because the engine had no place for it."""
 
     def __post_init__(self) -> None:
         set_ = object.__setattr__
@@ -452,7 +454,7 @@ class RolloutReport:
     Attributes:
         engine_version: policy version that its engine has loaded.
         groups: finished or dropped, each exactly once.
-        seconds: wall time of the actor by part; see the idle ledger.
+        seconds: wall time of the actor's slots by part, all slots together.
         engine_seconds: wall time of its engine by part.
         counts: tokens, decode steps and the like, to be summed.
         maxima: for example the longest gap between two decode steps, in seconds.
@@ -606,12 +608,14 @@ class StepResult:
         skipped: true if a loss or gradient was not finite; then nothing was changed.
         metrics: scalars under the run's metric names.
         staleness_counts: number of trained tokens by staleness, for the histogram.
+        seconds: wall time of the learner by part, since the step before.
     """
 
     policy_version: int
     skipped: bool
     metrics: Mapping[str, float]
     staleness_counts: Mapping[int, int]
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,7 +17,8 @@ COMPONENTS = (
 ALONE = ("types", "config", "metrics.values")
 CONFIG_PARTS = {
     *("config_section", "config_algorithm", "config_distillation", "config_engine"),
-    *("config_lora", "config_learner", "config_optimizer", "config_sft"),
+    *("config_lab", "config_logging", "config_lora", "config_learner", "config_optimizer", "config_sft"),
+    *("config_simulate", "distribution"),
 }
 """The configuration is several files, which import only each other."""
 
@@ -29,9 +30,18 @@ ALLOWED = {
 }
 """What a folder may import of this package besides itself."""
 
+ALLOWED["lab"] = {"types", "rollout"}  # wrappers around the parts of a rollout
 ALLOWED["rollout"] |= {"environments.base"}
 ALLOWED["learner"] |= {"algorithms"}  # advantages and losses are pure functions on tensors
-ALLOWED["coordination"] |= {"metrics.recorder"}  # where the run's metrics are recorded
+ALLOWED["coordination"] |= {"metrics.recorder", "metrics.ledger"}  # where the run's metrics are recorded
+for _folder in ("rollout", "learner", "weight_sync", "coordination"):
+    ALLOWED[_folder] |= {"metrics.trace"}  # where they say what they do, for the timeline
+ALLOWED["environments"] |= {"distribution"}  # how slow a tool is
+ALLOWED["simulate"] = {"types", "distribution", "rollout", "metrics.trace"}
+ALLOWED["simulate"] |= {"learner.training_state"}  # a simulated learner has checkpoints too
+ALLOWED["timeline"] = {"types", "metrics"}
+ALLOWED["report"] = {"types", "config_keys", "metrics", "timeline", "sweep"}
+ALLOWED["report"] |= {"checkpoint", "run_folder"}  # it reads what runs leave behind
 
 
 def modules() -> list[tuple[str, Path]]:
@@ -120,6 +130,8 @@ def test_every_module_of_coordination_loads_without_heavy_libraries():
         "skyrl_async.config_loading",
         "skyrl_async.preflight",
         "skyrl_async.run_folder",
+        "skyrl_async.sweep.runner",
+        "skyrl_async.report.writing",
     ],
 )
 def test_what_runs_before_the_configuration_is_valid_loads_no_heavy_library(name):

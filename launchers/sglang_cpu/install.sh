@@ -2,9 +2,9 @@
 # install.sh VENV [VERSION]: an environment in which SGLang's own wheel serves text models on a CPU.
 #
 # About two minutes and 2.2 GB; a second run changes nothing. PYTHON names the interpreter (default
-# python3, 3.11 or newer). VERSION is 0.5.21 unless given; 0.5.23 works too. Servers of qwen2, qwen3,
-# qwen3_moe and llama models start faster with the variables in VENV/sglang_fast_start.env, which
-# skyrl_async applies by itself.
+# python3, 3.11 or newer). VERSION is 0.5.21 unless given; 0.5.23 works too, and serves adapters.
+# Servers of qwen2, qwen3, qwen3_moe and llama models start faster with the variables in
+# VENV/sglang_fast_start.env, which skyrl_async applies by itself.
 set -euo pipefail
 
 if [[ $# -lt 1 || $# -gt 2 ]]; then
@@ -25,7 +25,9 @@ python=$venv/bin/python
 
 site=$("$python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
 cp -r "$here/shim/." "$site/"
-echo 'import torchvision_on_cpu' >"$site/torchvision_on_cpu.pth"
+for module in torchvision_on_cpu pinned_memory_on_cpu; do
+    echo "import $module" >"$site/$module.pth"
+done
 
 # SGLang imports all its models at every start; these are the ones to leave out.
 disabled=$(find "$site/sglang/srt/models" -maxdepth 1 -name '*.py' -printf '%f\n' |

@@ -64,6 +64,8 @@ class Admission:
         capacity_bytes: of the groups held (buffered and leased), reservations included.
         capacity_groups: groups in flight or held; None for as many as there are slots.
         live_version: that every engine has at the start of the run.
+        publishing_lag: versions that the learner publishes late; a slot is released as soon as the
+            newest version to be published so far is live.
 
     Raises:
         ValueError: if a capacity is so small that actors and learner would wait for each other.
@@ -79,6 +81,7 @@ class Admission:
         capacity_groups: int | None = None,
         max_times_sampled: int = 1,
         live_version: int = 0,
+        publishing_lag: int = 0,
     ) -> None:
         if capacity_bytes <= groups_per_step * largest_group_bytes:
             raise ValueError(
@@ -99,13 +102,14 @@ class Admission:
         self._capacity_bytes = capacity_bytes
         self._capacity_groups = self.max_slots if capacity_groups is None else capacity_groups
         self._live_version = live_version
+        self._publishing_lag = publishing_lag
         self._next_group_id = 0
         self._engine_versions: dict[str, int] = {}
         self._in_flight: dict[int, Slot] = {}
         self._in_flight_versions: Counter[int] = Counter()
         self._held: dict[int, tuple[Slot, int]] = {}  # slot and bytes
         self._held_bytes = 0
-        self._awaiting: list[tuple[int, int, Slot]] = []  # heap of (made version, group id, slot)
+        self._awaiting: list[tuple[int, int, Slot]] = []  # heap of (version, group id, slot)
 
     @property
     def live_version(self) -> int:
@@ -244,7 +248,8 @@ class Admission:
         Raises:
             RuntimeError: if the group is not held.
         """
-        heapq.heappush(self._awaiting, (made_version, group_id, self._let_go(group_id)))
+        awaited = made_version - self._publishing_lag
+        heapq.heappush(self._awaiting, (awaited, group_id, self._let_go(group_id)))
         return self._release_live()
 
     def engine_joined(self, engine_id: str, version: int) -> tuple[ReleasedSlot, ...]:

@@ -123,12 +123,13 @@ class Coordinator:
         )
 
     def _make_fleet(self, engines: Mapping[str, EngineWorker]) -> EngineFleet:
+        share = len(self._rollouts) / len(engines)
         return EngineFleet(
             engines,
             ledger=self._groups,
             learner=self._learner,
             set_engines=self._set_engines,
-            on_report=lambda _, report: self._metrics.engine_report(report),
+            on_report=lambda _, report: self._metrics.engine_report(report, share=share),
             on_change=self._pool_changed,
             settings=FleetSettings(answer_timeout_s=self._settings.answer_timeout_s),
         )
@@ -370,6 +371,8 @@ class Coordinator:
         if not await self._evaluations.wait():
             return
         async with Deadline(self._settings.answer_timeout_s, "the last weights to become live"):
+            if self._settings.publishes_late:
+                await self._learner.publish_newest()
             while self._groups.live_version < self._policy_version:
                 self._news.clear()
                 await self._news.wait()

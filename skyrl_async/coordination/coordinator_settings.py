@@ -27,6 +27,8 @@ class CoordinatorSettings:
         max_failed_groups: consecutive groups without one that succeeds, after which the run fails.
         checkpoint_every_steps: learner steps between checkpoints.
         checkpoint_timeout_s: a checkpoint that takes longer has failed.
+        publishes_late: whether the learner holds versions back, so that the last one is live only
+            when it is asked for.
     """
 
     steps: int
@@ -43,6 +45,7 @@ class CoordinatorSettings:
     max_failed_groups: int = 200
     checkpoint_every_steps: int = 100
     checkpoint_timeout_s: float = 600.0
+    publishes_late: bool = False
 
     @property
     def evaluation(self) -> EvaluationSettings:

@@ -39,6 +39,8 @@ class EngineReport:
         policy_version: verified and loaded since it was connected; -1 for none.
         counts: swaps, stall seconds and the like since the last report, to be summed.
         detail: why it is down, for the log.
+        named: whether requests name their version, so that actors must be told of a newer one
+            before anything is admitted that counts on it.
     """
 
     endpoint: Any | None
@@ -47,6 +49,7 @@ class EngineReport:
     policy_version: int
     counts: Mapping[str, float] = field(default_factory=dict)
     detail: str = ""
+    named: bool = False
 
 
 class EngineWorker(Protocol):
@@ -249,6 +252,11 @@ class EngineFleet:
         elif member.in_pool:
             if report.policy_version > member.version:
                 member.version = report.policy_version
+                if report.named:
+                    member.endpoint = report.endpoint
+                    await self._tell_actors()
+                    if not member.in_pool:
+                        return  # Withdrawn meanwhile.
                 self._ledger.engine_loaded(name, report.policy_version)
         elif usable:
             # One behind the others must not play: slots admitted since promise newer tokens.

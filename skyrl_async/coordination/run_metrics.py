@@ -12,6 +12,7 @@ import numpy as np
 
 from skyrl_async.coordination.engine_fleet import EngineReport
 from skyrl_async.coordination.staleness import StalenessCost
+from skyrl_async.metrics.ledger import PartTotals
 from skyrl_async.metrics.recorder import Recorder
 from skyrl_async.metrics.values import Histogram, Max, Mean, Std, Sum
 from skyrl_async.types import (
@@ -81,6 +82,8 @@ class RunMetrics:
         self._staleness_max = 0
         self._steps = 0
         self._skipped_steps = 0
+        self._parts = PartTotals()
+        self._swap_owed_s = 0.0
         if state:
             self._restore(state)
 
@@ -106,15 +109,37 @@ class RunMetrics:
         r.record("sync/stall_s", Sum(report.counts.get("swap_stall_s", 0.0)))
         for name, value in report.maxima.items():
             r.record(f"engine/{name}", Max(value))
-        if report.seconds:
-            r.record_parts("actor", report.seconds)
-        if report.engine_seconds:
-            r.record_parts("engine", report.engine_seconds)
+        self._count_parts("actor", report.seconds)
+        self._count_parts("engine", self._with_swaps(report.engine_seconds))
 
-    def engine_report(self, report: EngineReport) -> None:
-        """Record what the worker beside an engine reported."""
+    def _count_parts(self, role: str, seconds: Mapping[str, float]) -> None:
+        if seconds:
+            self._recorder.record_parts(role, seconds)
+            self._parts.add(role, seconds)
+
+    def _with_swaps(self, seconds: Mapping[str, float]) -> Mapping[str, float]:
+        """Return the time of engines that clients saw busy, with the part that went into swaps."""
+        swap_s = min(self._swap_owed_s, seconds.get("generate", 0.0))
+        if swap_s <= 0:
+            return seconds
+        self._swap_owed_s -= swap_s
+        return {
+            **seconds,
+            "generate": seconds["generate"] - swap_s,
+            "swap": seconds.get("swap", 0.0) + swap_s,
+        }
+
+    def engine_report(self, report: EngineReport, *, share: float = 1.0) -> None:
+        """Record what the worker beside an engine reported.
+
+        Args:
+            report: of it.
+            share: rollout actors, each of which reports the time of all engines, over engines.
+        """
         r = self._recorder
-        r.record("sync/stall_s", Sum(report.counts.get("stall_s", 0.0)))
+        stall_s = report.counts.get("stall_s", 0.0)
+        self._swap_owed_s += stall_s * share
+        r.record("sync/stall_s", Sum(stall_s))
         r.record("engine/restarts", Sum(report.counts.get("restarts", 0.0)))
 
     def dropped(self, groups: Iterable[DroppedGroup]) -> None:
@@ -180,6 +205,8 @@ class RunMetrics:
                 [[t.reward for t in g.group.trajectories] for g in batch.groups]
             )
             r.record("reward/trained_mean", Mean.of(rewards))
+        self._count_parts("learner", result.seconds)
+        self._parts.end_step()
         r.record("learner/skipped_steps", Sum(float(result.skipped)))
         written = r.flush(
             progress.step,
@@ -228,6 +255,7 @@ class RunMetrics:
             "tokens_trained": self._tokens_trained,
             "staleness_cost": asdict(self._cost),
             "staleness_max": self._staleness_max,
+            "part_seconds": self._parts.state(),
         }
 
     def _restore(self, state: Mapping[str, Any]) -> None:
@@ -247,7 +275,8 @@ class RunMetrics:
             self._staleness_max = int(state["staleness_max"])
             self._steps = int(state["steps"])
             self._skipped_steps = int(state["skipped_steps"])
-        except (KeyError, TypeError) as error:
+            self._parts.restore(state.get("part_seconds", {}))
+        except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"the saved totals are of another form ({error!r})") from None
 
     @property
@@ -274,4 +303,5 @@ class RunMetrics:
             "dropped": dict(self._dropped),
             "guard_actions": dict(self._guard_actions),
             "failed_members": dict(self._failed_members),
+            "idle": self._parts.fractions(),
         }

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,16 +33,9 @@ from skyrl_async.learner.sharding import FillParameters, ShardingSettings, prepa
 from skyrl_async.learner.step_metrics import StepSums, count_staleness
 from skyrl_async.learner.target_passes import TargetPasses
 from skyrl_async.learner.targets import Targets
+from skyrl_async.learner.time_parts import Ledger, NullLedger
 from skyrl_async.learner.training_state import TrainingState
 from skyrl_async.types import SampledBatch, StepResult
-
-
-class Ledger(Protocol):
-    """Where the learner says what it spends its time on."""
-
-    def part(self, name: str) -> AbstractContextManager[Any]:
-        """Charge the time inside the context to ``name``."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +88,7 @@ class Learner:
         trainer: of the policy.
         packing: how its microbatches are laid out.
         critic: None without one.
+        observer: called with the minibatches of every step, once their targets are made.
     """
 
     def __init__(
@@ -115,9 +108,10 @@ class Learner:
         if settings.algorithm.distillation is not None and teacher is None:
             raise ValueError("a distillation needs a teacher, and there is none")
         self.policy_version = 0
+        self.observer: Callable[[Sequence[Minibatch]], None] | None = None
         self._settings = settings
         self._ranks = ranks or RankGroup()
-        self._ledger = ledger
+        self._ledger = ledger or NullLedger()
         sharding, critic = settings.sharding, settings.algorithm.critic
         flat = settings.attention != "sdpa" or self._ranks.sequence_ranks > 1
         self.packing = PackingSettings(
@@ -195,11 +189,13 @@ class Learner:
                 f"batch was sampled for policy version {batch.train_version}, "
                 f"the learner is at {self.policy_version}"
             )
-        with self._part("prepare"):
+        with self._ledger.part("prepare"):
             minibatches = self._minibatches(batch)
-        with self._part("proximal"):
+        with self._ledger.part("proximal"):
             self._target_passes.run(minibatches)
-        with self._part("train"):
+        if self.observer is not None:
+            self.observer(minibatches)
+        with self._ledger.part("train"):
             sums = self._train(minibatches)
         if sums is None:
             return StepResult(
@@ -281,9 +277,6 @@ class Learner:
             raise ValueError(f"the factor of the learning rate must be > 0, got {factor}")
         self.trainer.rate_factor *= factor
 
-    def _part(self, name: str) -> AbstractContextManager[Any]:
-        return self._ledger.part(name) if self._ledger is not None else nullcontext()
-
     def _minibatches(self, batch: SampledBatch) -> list[Minibatch]:
         algorithm = self._settings.algorithm
         # What needs values or gradients replaces what this gives.
@@ -330,7 +323,8 @@ class Learner:
             sums.value_losses.append(value_loss)
         added = StepSums(train_version=self.policy_version, device=self._ranks.device)
         loss = self._backward(minibatch, targets, added)
-        norm = self.trainer.apply(loss, rate_scale=self._rate_scale(targets))
+        with self._ledger.part("step"):
+            norm = self.trainer.apply(loss, rate_scale=self._rate_scale(targets))
         if norm is None:
             sums.skipped_minibatches += 1
             return
@@ -345,18 +339,20 @@ class Learner:
         recorded: list[Tensor] = []
         known = minibatch.proximal_logprobs
         for number, microbatch in enumerate(minibatch.microbatches):
-            outputs = token_outputs(self.trainer.module, microbatch)
-            proximal = known[number] if known is not None else self._proximal(outputs, microbatch)
-            recorded.append(proximal)
-            result = objective(
-                outputs,
-                microbatch,
-                minibatch.tokens,
-                targets,
-                proximal_logprobs=proximal,
-                settings=self._settings.algorithm,
-            )
-            result.total.backward()
+            with self._ledger.detail("forward"):
+                outputs = token_outputs(self.trainer.module, microbatch)
+                proximal = known[number] if known else self._proximal(outputs, microbatch)
+                recorded.append(proximal)
+                result = objective(
+                    outputs,
+                    microbatch,
+                    minibatch.tokens,
+                    targets,
+                    proximal_logprobs=proximal,
+                    settings=self._settings.algorithm,
+                )
+            with self._ledger.detail("backward"):
+                result.total.backward()
             if self._ranks.counts:
                 loss += result.total.detach()
                 sums.add(microbatch, result, proximal)

@@ -29,12 +29,14 @@ class Minibatch:
     Attributes:
         microbatches: of this rank.
         tokens: of all ranks.
+        sequences: of all ranks, in the order of ``tokens``.
         targets: once they are made.
         proximal_logprobs: for each microbatch, once it had its first forward pass.
     """
 
     microbatches: list[Microbatch]
     tokens: LossBatch
+    sequences: Sequence[TrainSequence]
     targets: Targets | None = None
     proximal_logprobs: list[Tensor] | None = None
 
@@ -95,4 +97,5 @@ def _minibatch(
     return Minibatch(
         microbatches=list(trainer.matched(microbatches)),
         tokens=LossBatch.of(sequences, dtype=dtype, device=ranks.device),
+        sequences=sequences,
     )

@@ -120,6 +120,15 @@ class ConsoleSink:
         self._show()
 
     @_never_raises
+    def announce(self, text: str) -> None:
+        """Say what stays true during the run, such as an address; also in the live table."""
+        with self._lock:
+            self._view.footer = "   ".join(part for part in (text, self._view.footer) if part)
+        if self.mode == "plain":
+            self._print(text)
+        self._show()
+
+    @_never_raises
     def update(self, metrics: Scalars) -> None:
         """Show newer values while a step is under way."""
         with self._lock:
@@ -153,9 +162,17 @@ class ConsoleSink:
             self._activity = None
         self._stop_painter(redraw=True)
         self._print(_summary_line(summary))
+        waste = summary.get("largest_waste")
+        if waste:
+            self._print(f"largest waste  {waste['text']}")
         self._print(f"run folder   {shlex.quote(str(run_dir))}")
+        report = Path(run_dir) / "report.html"
+        if report.is_file():
+            self._print(f"report       {shlex.quote(str(report))}")
         if (Path(run_dir) / "tensorboard").is_dir():
             self._print(f"TensorBoard  {_tensorboard_command(run_dir)}")
+        if (Path(run_dir) / "trace").is_dir():
+            self._print(f"timeline     python -m skyrl_async.timeline {shlex.quote(str(run_dir))}")
         self.mode = "off"
 
     @_never_raises

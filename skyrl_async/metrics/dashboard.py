@@ -185,7 +185,7 @@ def _speed_rows(view: RunView, width: int) -> list[_Row]:
         idle = _idle(parts)
         legend = _legend({part: parts[part] for part in busy}, colors)
         style = "green" if idle < 0.1 else "yellow" if idle < 0.4 else "red"
-        if role == "actor":  # it waits for the engines whenever nothing is wrong
+        if role == "actor":  # its slots wait for admission whenever nothing is wrong
             style = ""
         rows.append(
             (f"{role} idle", Text(percent(idle), style=style), _bar(parts, colors, width), legend)

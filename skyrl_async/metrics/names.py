@@ -43,6 +43,10 @@ METRICS: tuple[Metric, ...] = (
     Metric("reward/trained_mean", "", "mean of the trained groups", "train", "reward"),
     Metric("eval/reward_mean", "", "mean on held-out tasks, greedy", "train", "reward"),
     Metric("reward/std", "", "standard deviation of the same", "train", "reward spread"),
+    Metric(
+        "rollout/generated_tokens_mean", "tokens", "sampled in a trajectory", "train", "length"
+    ),
+    Metric("rollout/turns_mean", "", "replies in a trajectory", "train", "turns"),
     Metric("loss/policy", "", "policy loss", "train", "policy loss"),
     Metric("loss/value", "", "value loss", "train", "value loss"),
     Metric("learner/skipped_minibatches", "", "left out: loss or gradient not finite", "train"),
@@ -136,7 +140,7 @@ METRICS: tuple[Metric, ...] = (
         "idle/learner/<part>_fraction", "fraction", "wall time of the learner", "idle", "learner"
     ),
     Metric("idle/engine/<part>_fraction", "fraction", "wall time of the engines", "idle", "engine"),
-    Metric("idle/actor/<part>_fraction", "fraction", "wall time of the actors", "idle", "actor"),
+    Metric("idle/actor/<part>_fraction", "fraction", "wall time of actors' slots", "idle", "actor"),
     Metric("policy_version", "", "finished learner steps", "sync", "versions"),
     Metric("live_version", "", "newest version that every engine runs", "sync", "versions"),
     Metric("sync/stall_s", "s", "an engine stood still for a swap", "sync", "seconds"),

@@ -118,7 +118,8 @@ class RunView:
                 continue
             if name in _TRENDS:
                 self.trends.setdefault(name, Trend()).add(value)
-            if name.startswith("dropped/"):
+            # Beside the reasons there is the number of tokens that were lost with the groups.
+            if name.startswith("dropped/") and name != "dropped/generated_tokens":
                 reason = name.removeprefix("dropped/")
                 self.dropped[reason] = self.dropped.get(reason, 0) + int(value)
         if metrics.get("eval/reward_mean") is not None:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from skyrl_async.environments.base import EnvironmentFailure
+from skyrl_async.metrics.trace import NULL_TRACER, Tracing
 from skyrl_async.rollout.chat import Chat
 from skyrl_async.rollout.endpoint import EngineEndpoint
 from skyrl_async.rollout.engine_client import EngineClient, EngineStats
 from skyrl_async.rollout.episode import EpisodeLimits, Sessions, play
 from skyrl_async.rollout.group import play_group
+from skyrl_async.rollout.slots import Slot, Slots
 from skyrl_async.types import (
     Assignment,
     DroppedGroup,
@@ -47,12 +49,14 @@ class RolloutSettings:
         sampling: of training replies.
         limits: of each episode.
         report_interval_s: reports are at least this far apart, so that they carry many groups.
+        num_drawn_slots: slots on the timeline.
     """
 
     group_size: int
     sampling: Sampling
     limits: EpisodeLimits
     report_interval_s: float = 0.01
+    num_drawn_slots: int = 16
 
 
 class RolloutActor:
@@ -75,6 +79,7 @@ class RolloutActor:
         chat: of the policy's tokenizer.
         settings: how to play.
         clock: seconds, monotonic.
+        tracer: gets a lane for each of the first slots.
     """
 
     def __init__(
@@ -86,6 +91,7 @@ class RolloutActor:
         chat: Chat,
         settings: RolloutSettings,
         clock: Callable[[], float] = time.monotonic,
+        tracer: Tracing = NULL_TRACER,
     ) -> None:
         self._engine = engine
         self._evaluation_engine = evaluation_engine
@@ -93,6 +99,7 @@ class RolloutActor:
         self._chat = chat
         self._settings = settings
         self._clock = clock
+        self._slots = Slots(tracer=tracer, num_drawn=settings.num_drawn_slots, clock=clock)
         self._finished: list[TrajectoryGroup | DroppedGroup] = []
         self._news = asyncio.Event()
         self._groups: set[asyncio.Task[None]] = set()
@@ -137,7 +144,8 @@ class RolloutActor:
         self._news.clear()
         self._last_report_s = self._clock()
         groups, self._finished = tuple(self._finished), []
-        return _report(self._engine.policy_version, groups, self._engine.take_stats())
+        stats = self._engine.take_stats()
+        return _report(self._engine.policy_version, groups, stats, self._slots.take())
 
     async def evaluate(
         self, tasks: Sequence[Task], *, endpoint: EngineEndpoint | None = None
@@ -201,22 +209,34 @@ class RolloutActor:
         await asyncio.gather(*groups, return_exceptions=True)
 
     async def _play(self, assignment: Assignment) -> None:
-        group = await play_group(
-            assignment, group_size=self._settings.group_size, play_member=self._play_member
-        )
+        group_size = self._settings.group_size
+        slots = [self._slots.open() for _ in range(group_size)]
+
+        def play_member(assignment: Assignment, member: int) -> Coroutine[Any, Any, Trajectory]:
+            return self._play_member(assignment, member, slots[member])
+
+        try:
+            group = await play_group(assignment, group_size=group_size, play_member=play_member)
+        finally:
+            for slot in slots:
+                slot.close()
         self._finished.append(group)
         self._news.set()
 
-    def _play_member(self, assignment: Assignment, member: int) -> Coroutine[Any, Any, Trajectory]:
-        return play(
-            assignment.task,
-            episode_id=f"{assignment.group_id}-{member}",
-            sessions=self._sessions,
-            engine=self._engine,
-            chat=self._chat,
-            sampling=self._settings.sampling,
-            limits=self._settings.limits,
-        )
+    async def _play_member(self, assignment: Assignment, member: int, slot: Slot) -> Trajectory:
+        try:
+            return await play(
+                assignment.task,
+                episode_id=f"{assignment.group_id}-{member}",
+                sessions=self._sessions,
+                engine=self._engine,
+                chat=self._chat,
+                sampling=self._settings.sampling,
+                limits=self._settings.limits,
+                clock=slot,
+            )
+        finally:
+            slot.ends()
 
     def _group_done(self, task: asyncio.Task[None]) -> None:
         self._groups.discard(task)
@@ -229,14 +249,17 @@ class RolloutActor:
 
 
 def _report(
-    version: int, groups: tuple[TrajectoryGroup | DroppedGroup, ...], stats: EngineStats
+    version: int,
+    groups: tuple[TrajectoryGroup | DroppedGroup, ...],
+    stats: EngineStats,
+    seconds: Mapping[str, float],
 ) -> RolloutReport:
-    """Say where the time of the engine, and of the actor whose loop it shares, went."""
+    """Say what happened, and where the time of the engine and of the slots went."""
     generating = stats.busy_s - stats.swap_stall_s
     return RolloutReport(
         engine_version=version,
         groups=groups,
-        seconds={"engine": stats.busy_s, "episodes": stats.yielded_s, "idle": stats.idle_s},
+        seconds=seconds,
         engine_seconds={
             "generate": generating,
             "swap": stats.swap_stall_s,

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
+from skyrl_async.metrics.trace import NULL_LANE, Lane
 from skyrl_async.rollout.engine_batch import Batch, Request, choose_batch
 from skyrl_async.rollout.engine_client import EngineStats
 from skyrl_async.rollout.engine_meter import EngineMeter
@@ -57,6 +59,7 @@ class EmbeddedEngine:
         max_prefill_tokens: int = 2048,
         seed: int = 0,
         policy_version: int = 0,
+        lane: Lane = NULL_LANE,
     ) -> None:
         """Take over ``model``: nobody else may change its parameters or attention.
 
@@ -73,6 +76,7 @@ class EmbeddedEngine:
             max_prefill_tokens: context tokens computed beside one decode step.
             seed: of the sampling.
             policy_version: of the model's present weights.
+            lane: of the timeline.
 
         Raises:
             ValueError: if a limit is out of range or the model cannot be used.
@@ -108,7 +112,7 @@ class EmbeddedEngine:
         self._wake = asyncio.Event()
         self._paused = False
         self._state: Literal["ready", "running", "stopped"] = "ready"
-        self._meter = EngineMeter()
+        self._meter = EngineMeter(lane=lane)
 
     @property
     def policy_version(self) -> int:
@@ -187,7 +191,7 @@ class EmbeddedEngine:
                 request.stale_length = max(request.stale_length, request.kv_length)
             for request in self._live.values():
                 request.kv_length = 0
-        self._meter.swap_ends()
+        self._meter.swap_ends(policy_version)
 
     def take_stats(self) -> EngineStats:
         """Return what happened since the previous call, and start counting anew."""
@@ -209,7 +213,7 @@ class EmbeddedEngine:
             while True:
                 if self._paused or not self._live:
                     self._wake.clear()
-                    self._meter.becomes_idle()
+                    self._meter.becomes_idle(paused=self._paused)
                     await self._wake.wait()
                     self._meter.wakes()
                     continue
@@ -224,6 +228,7 @@ class EmbeddedEngine:
 
     def _stop(self, cause: BaseException | None) -> None:
         self._state = "stopped"
+        self._meter.becomes_idle()
         for request in list(self._live.values()):
             self._remove(request)
             error = RuntimeError(f"the engine stopped before the request ended: {cause!r}")
@@ -249,6 +254,7 @@ class EmbeddedEngine:
             prompt_length=len(ids),
             max_length=min(len(ids) + sampling.max_tokens, self._context_length),
             future=asyncio.get_running_loop().create_future(),
+            queued_at_s=time.monotonic() if len(self._live) >= self._max_concurrent else None,
         )
         self._live[request_id] = request
         retained = None
@@ -310,7 +316,8 @@ class EmbeddedEngine:
 
     def _admit(self) -> None:
         """Move requests from the queues to the running ones, those with a slot first."""
-        room = self._max_concurrent - len(self._running)
+        before = len(self._running)
+        room = self._max_concurrent - before
         while room > 0 and self._continuing:
             self._running.append(self._continuing.popleft())
             room -= 1
@@ -318,6 +325,8 @@ class EmbeddedEngine:
             self._new[0].slot = slot
             self._running.append(self._new.popleft())
             room -= 1
+        for request in self._running[before:]:
+            request.leaves_queue()
 
     @torch.inference_mode()
     def _step(self) -> bool:

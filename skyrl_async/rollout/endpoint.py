@@ -37,3 +37,7 @@ class EngineEndpoint:
             )
         if self.policy_version < 0:
             raise ValueError(f"policy_version must be >= 0, got {self.policy_version}")
+
+    def same_server(self, other: EngineEndpoint) -> bool:
+        """Return whether both are one server, with one key."""
+        return (self.url, self.api_key) == (other.url, other.api_key)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,6 +33,8 @@ class Request:
         stale_length: leading tokens that were computed before the last weight swap.
         logprobs: of the sampled tokens.
         policy_versions: of the sampled tokens.
+        queued_at_s: when it came, if the engine had no place for it; ``time.monotonic()``.
+        queued_s: that it waited for its place.
     """
 
     request_id: str
@@ -47,6 +50,13 @@ class Request:
     stale_length: int = 0
     logprobs: list[float] = field(default_factory=list)
     policy_versions: list[int] = field(default_factory=list)
+    queued_at_s: float | None = None
+    queued_s: float = 0.0
+
+    def leaves_queue(self) -> None:
+        """Note how long it waited, if the engine was full."""
+        if self.queued_at_s is not None:
+            self.queued_s = time.monotonic() - self.queued_at_s
 
     def append(self, token_id: int, logprob: float, policy_version: int) -> FinishReason | None:
         """Add a sampled token; return why the request ends with it, or None."""
@@ -65,6 +75,7 @@ class Request:
             policy_versions=_read_only(self.policy_versions, np.int32),
             temperature=self.sampling.temperature or 1.0,
             finish_reason=reason,
+            queued_s=self.queued_s,
         )
 
     def fail(self, error: Exception) -> None:

@@ -57,6 +57,12 @@ class UnverifiedWeights(EngineError, RuntimeError):
     retryable = True
 
 
+class AdapterGone(EngineError, RuntimeError):
+    """The server does not have the adapter that the request names, perhaps no more."""
+
+    retryable = True
+
+
 class AccessRefused(EngineError, RuntimeError):
     """The server does not accept the key; after a restart it may be another server's port."""
 
@@ -87,4 +93,6 @@ def error_of_status(status: int, message: str) -> EngineError:
         return AccessRefused(f"{said}; is the api_key that of this server?")
     if status >= 500 or status in (408, 429):
         return EngineUnavailable(said)
+    if "LoRA adapter" in message:
+        return AdapterGone(said)
     return InvalidRequest(said)

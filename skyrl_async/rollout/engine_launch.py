@@ -16,6 +16,10 @@ from typing import Literal
 MIN_SGLANG_VERSION = "0.5.21"
 """The first with ``begin_weight_update`` and ``end_weight_update``; older ones lack them."""
 
+MIN_ADAPTER_VERSION = "0.5.23"
+"""For servers of adapters; 0.5.21 counts a request that was aborted in its queue as running for
+ever, so that its adapter is never unloaded, and no other can be loaded. 0.5.22 was not tried."""
+
 UNVERIFIED_WEIGHTS = "unverified"
 """``weight_version`` of a server that nobody has loaded verified weights into."""
 
@@ -32,6 +36,8 @@ _OWN_FLAGS = (
     *("--model-path", "--host", "--port", "--api-key", "--admin-api-key", "--config"),
     *("--device", "--dtype", "--context-length", "--max-running-requests", "--max-total-tokens"),
     "--weight-version",
+    *("--enable-lora", "--lora-paths", "--max-lora-rank", "--lora-target-modules"),
+    *("--max-loras-per-batch", "--max-loaded-loras"),
 )
 # They open a second way in that asks for no key, or move the one there is.
 _REFUSED_FLAGS = (
@@ -55,6 +61,31 @@ class EngineStartError(RuntimeError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ServedAdapters:
+    """What low-rank adapters a server can be given while it runs.
+
+    Attributes:
+        rank: of the largest.
+        target_modules: last parts of the names of the layers that they adapt.
+        num_slots: different ones in one batch at most, requests without any included.
+
+    Raises:
+        ValueError: if a number is not positive, or there is no layer.
+    """
+
+    rank: int
+    target_modules: tuple[str, ...]
+    num_slots: int
+
+    def __post_init__(self) -> None:
+        if min(self.rank, self.num_slots, len(self.target_modules)) < 1:
+            raise ValueError(
+                f"rank={self.rank}, num_slots={self.num_slots} and the number of target_modules="
+                f"{self.target_modules} must be >= 1"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServerSettings:
     """How to start one SGLang server.
 
@@ -73,6 +104,7 @@ class ServerSettings:
         extra_args: further command line arguments of SGLang, such as ``("--tp-size", "2")``.
         start_timeout_s: until the server answers.
         num_threads: of the server's computations on a CPU.
+        adapters: that it serves; None for weights alone.
 
     Raises:
         ValueError: on a value out of range, or an extra argument that is decided here.
@@ -91,6 +123,7 @@ class ServerSettings:
     extra_args: tuple[str, ...] = ()
     start_timeout_s: float = 600.0
     num_threads: int = 1
+    adapters: ServedAdapters | None = None
 
     def __post_init__(self) -> None:
         if self.device not in ("cpu", "cuda"):
@@ -136,7 +169,8 @@ async def check_version(settings: ServerSettings) -> str:
     Raises:
         EngineStartError: if there is no such interpreter, no SGLang, or too old a one.
     """
-    remedy = f"install sglang>={MIN_SGLANG_VERSION} there, or name another interpreter"
+    minimum = MIN_SGLANG_VERSION if settings.adapters is None else MIN_ADAPTER_VERSION
+    remedy = f"install sglang>={minimum} there, or name another interpreter"
     try:
         process = await asyncio.create_subprocess_exec(
             *(str(settings.python), "-c", _VERSION_CODE),
@@ -164,22 +198,24 @@ async def check_version(settings: ServerSettings) -> str:
         lines = tuple(errors.decode(errors="replace").strip().splitlines()[-1:])
         raise EngineStartError(f"{settings.python} has no SGLang: {remedy}", last_lines=lines)
     version = output.decode().strip().rpartition("\n")[2]
-    if not _is_recent(version):
+    if not is_recent(version, minimum=minimum):
+        purpose = "" if settings.adapters is None else "for lora.publish=adapter "
         raise EngineStartError(
-            f"{settings.python} has SGLang {version or '?'}, at least {MIN_SGLANG_VERSION} is "
+            f"{settings.python} has SGLang {version or '?'}, {purpose}at least {minimum} is "
             f"needed: {remedy}"
         )
     return version
 
 
-def _is_recent(version: str) -> bool:
-    minimum = tuple(int(part) for part in MIN_SGLANG_VERSION.split("."))
+def is_recent(version: str, *, minimum: str) -> bool:
+    """Return whether a version of SGLang is ``minimum`` or newer."""
+    oldest = tuple(int(part) for part in minimum.split("."))
     parsed = re.match(r"(\d+(?:\.\d+)*)(.*)", version)
     if parsed is None:
         return False
     release = tuple(int(part) for part in parsed[1].split("."))
     before_release = re.match(r"[-_.]?(a|b|rc|dev)", parsed[2]) is not None
-    return release > minimum or (release == minimum and not before_release)
+    return release > oldest or (release == oldest and not before_release)
 
 
 def server_command(settings: ServerSettings, *, port: int) -> list[str]:
@@ -207,7 +243,19 @@ def server_command(settings: ServerSettings, *, port: int) -> list[str]:
         command += ["--sleep-on-idle"]
     if total is not None:
         command += ["--max-total-tokens", str(total)]
+    if settings.adapters is not None:
+        command += _adapter_arguments(settings.adapters, settings.device)
     return [*command, *settings.extra_args]
+
+
+def _adapter_arguments(adapters: ServedAdapters, device: str) -> list[str]:
+    return [
+        *("--enable-lora", "--max-lora-rank", str(adapters.rank)),
+        *("--lora-target-modules", *adapters.target_modules),
+        *("--max-loras-per-batch", str(adapters.num_slots)),
+        # Its own choice computes on GPUs only.
+        *(("--lora-backend", "torch_native") if device == "cpu" else ()),
+    ]
 
 
 def server_environment(settings: ServerSettings) -> dict[str, str]:

@@ -6,19 +6,29 @@ import math
 import time
 from collections.abc import Callable
 
+from skyrl_async.metrics.trace import NULL_LANE, Lane
 from skyrl_async.rollout.engine_client import EngineStats
+
+_LONGEST_STRETCH_S = 1.0
+"""A longer stretch of decoding is several spans, so that little is lost with a killed process."""
 
 
 class EngineMeter:
     """Charges every second since the previous snapshot to one of busy, yielded and idle."""
 
-    def __init__(self, *, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self, *, clock: Callable[[], float] = time.monotonic, lane: Lane = NULL_LANE
+    ) -> None:
         """Start counting, idle.
 
         Args:
-            clock: seconds; only differences matter.
+            clock: seconds; that of the lane, if there is one.
+            lane: of the timeline.
         """
         self._clock = clock
+        self._lane = lane
+        self._stretch = _Stretch(lane)
+        self._paused_s: float | None = None
         self._mark = clock()
         self._idle = True
         self._last_step_end: float | None = None
@@ -47,15 +57,20 @@ class EngineMeter:
             self._yielded_s += now - self._mark
         self._mark = now
 
-    def becomes_idle(self) -> None:
-        """Call when there is nothing to compute."""
+    def becomes_idle(self, *, paused: bool = False) -> None:
+        """Call when there is nothing to compute, or nothing must be computed."""
         self._charge_away()
         self._idle = True
+        self._stretch.end()
+        self._paused_s = self._mark if paused else None
 
     def wakes(self) -> None:
         """Call when there is work again."""
         self._charge_away()
         self._idle = False
+        if self._paused_s is not None:
+            self._lane.span("paused", self._paused_s, self._mark)
+            self._paused_s = None
 
     def request_ends(self) -> None:
         """Call when a request returned a generation."""
@@ -86,8 +101,13 @@ class EngineMeter:
         self._generated_tokens += generated
         self._prefilled_tokens += prefilled
         self._reprefilled_tokens += reprefilled
+        started_s = self._mark - seconds
         if reprefilled:
             self._swap_stall_s += seconds
+            self._stretch.end()
+            self._lane.span("recompute", started_s, self._mark, {"tokens": reprefilled})
+        else:
+            self._stretch.add(started_s, self._mark, generated=generated, prefilled=prefilled)
         if self._last_step_end is not None:
             gap_s = self._mark - self._last_step_end
             self._gaps += 1
@@ -95,10 +115,15 @@ class EngineMeter:
             self._longest_gap_s = max(self._longest_gap_s, gap_s)
         self._last_step_end = self._mark if running else None
 
-    def swap_ends(self) -> None:
-        """Call after a weight swap."""
-        self._swap_stall_s += self._charge_busy()
+    def swap_ends(self, policy_version: int) -> None:
+        """Call after a weight swap, with the version that the engine has now."""
+        seconds = self._charge_busy()
+        self._swap_stall_s += seconds
         self._num_swaps += 1
+        self._stretch.end()
+        started_s = self._mark - seconds
+        self._lane.span("swap", started_s, self._mark, {"policy_version": policy_version})
+        self._lane.flow("loaded", policy_version=policy_version, time_s=self._mark)
 
     def take(self, *, running: int, waiting: int) -> EngineStats:
         """Return the counters and set them to zero."""
@@ -122,3 +147,33 @@ class EngineMeter:
         )
         self._reset()
         return stats
+
+
+class _Stretch:
+    """Decode steps without interruption, which are one span of the timeline."""
+
+    __slots__ = ("_end_s", "_generated", "_lane", "_prefilled", "_start_s", "_steps")
+
+    def __init__(self, lane: Lane) -> None:
+        self._lane = lane
+        self._start_s = self._end_s = 0.0
+        self._steps = self._generated = self._prefilled = 0
+
+    def add(self, start_s: float, end_s: float, *, generated: int, prefilled: int) -> None:
+        """Add a step; the first one begins the stretch."""
+        if not self._steps:
+            self._start_s = start_s
+        self._end_s = end_s
+        self._steps += 1
+        self._generated += generated
+        self._prefilled += prefilled
+        if end_s - self._start_s >= _LONGEST_STRETCH_S:
+            self.end()
+
+    def end(self) -> None:
+        """Write the stretch, if there is one."""
+        if not self._steps:
+            return
+        args = {"steps": self._steps, "tokens": self._generated, "prefilled": self._prefilled}
+        self._lane.span("decode", self._start_s, self._end_s, args)
+        self._steps = self._generated = self._prefilled = 0

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, NoReturn
 
+from skyrl_async.metrics.trace import NULL_TRACER, Tracing
 from skyrl_async.rollout.endpoint import EngineEndpoint
 from skyrl_async.rollout.engine_client import EngineStats
 from skyrl_async.rollout.engine_errors import (
@@ -17,7 +18,7 @@ from skyrl_async.rollout.engine_errors import (
     UnverifiedWeights,
 )
 from skyrl_async.rollout.engine_routing import ConcurrencyLimit, Member, Router
-from skyrl_async.rollout.pool_meter import PoolMeter
+from skyrl_async.rollout.pool_meter import BusySpans, PoolMeter
 from skyrl_async.rollout.pool_request import CacheNamespaces, PoolRequest, fit_context
 from skyrl_async.rollout.sglang_client import ClientLimits, SglangClient
 from skyrl_async.rollout.sglang_protocol import Reply, new_rid
@@ -64,6 +65,8 @@ class EnginePool:
         max_failures: int = 5,
         poll_interval_s: float = 1.0,
         waits_for_engines: bool = True,
+        adapters: bool = False,
+        tracer: Tracing = NULL_TRACER,
     ) -> None:
         """Start without engines.
 
@@ -78,6 +81,8 @@ class EnginePool:
             max_failures: of engines with one request, before the request fails.
             poll_interval_s: between two looks at an engine's load.
             waits_for_engines: false fails requests when an engine fails.
+            adapters: whether a policy version is an adapter, which requests name.
+            tracer: gets a lane for each engine.
 
         Raises:
             ValueError: if a number is out of range.
@@ -103,10 +108,11 @@ class EnginePool:
             control_timeout_s=min(stall_timeout_s, _ANSWER_TIMEOUT_S),
             stream_interval=stream_interval,
         )
-        self._router = Router()
+        self._adapters = adapters
+        self._router, self._tracer = Router(), tracer
         self._meter = PoolMeter()
         self._requests: dict[str, PoolRequest] = {}
-        self._namespaces = CacheNamespaces(by_version=self._recomputes)
+        self._namespaces = CacheNamespaces(by_version=self._recomputes or adapters)
         self._newest_version = 0
         self._changed = asyncio.Event()
         self._unwatched: list[Member] = []
@@ -135,7 +141,7 @@ class EnginePool:
             raise ValueError(f"engine ids must differ, got {[e.engine_id for e in endpoints]}")
         members = self._router.members
         for name, member in list(members.items()):
-            if name not in wanted or not _same_server(member.client.endpoint, wanted[name]):
+            if name not in wanted or not member.client.endpoint.same_server(wanted[name]):
                 self._remove(member)
         for name, endpoint in wanted.items():
             if name in members:
@@ -163,6 +169,7 @@ class EnginePool:
             stream_interval=self._limits.stream_interval,
             poll_interval_s=self._poll_interval_s,
             waits_for_engines=False,
+            adapters=self._adapters,
         )
         pool.set_engines([endpoint])
         return pool
@@ -245,8 +252,11 @@ class EnginePool:
         _refuse("load_weights")
 
     def _add(self, endpoint: EngineEndpoint) -> None:
-        client = SglangClient(endpoint, vocab_size=self._vocab_size, limits=self._limits)
-        member = Member(client, ConcurrencyLimit(self._max_concurrent))
+        client = SglangClient(
+            endpoint, vocab_size=self._vocab_size, limits=self._limits, adapters=self._adapters
+        )
+        lane = self._tracer.lane(role="engine", name=f"decode on {endpoint.engine_id}")
+        member = Member(client, ConcurrencyLimit(self._max_concurrent), busy=BusySpans(lane))
         self._router.members[endpoint.engine_id] = member
         self._unwatched.append(member)
 
@@ -318,7 +328,7 @@ class EnginePool:
             self._router.give_up(ticket)
             raise
         finally:
-            request.ticket = None
+            request.ticket, request.queued_s = None, request.queued_s + ticket.queued_s
 
     def _take_reply(self, request: PoolRequest, reply: Reply) -> None:
         self._meter.count_reply(reply, recomputed_at_swap=self._recomputes)
@@ -383,10 +393,6 @@ class EnginePool:
                 self._suspect(member, error)
         else:
             member.greeted, member.failure, member.misses = True, None, 0
-
-
-def _same_server(one: EngineEndpoint, other: EngineEndpoint) -> bool:
-    return (one.url, one.api_key) == (other.url, other.api_key)
 
 
 def _refuse(name: str) -> NoReturn:

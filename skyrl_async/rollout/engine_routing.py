@@ -11,10 +11,13 @@ One request::
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from skyrl_async.metrics.trace import NULL_LANE
 from skyrl_async.rollout.engine_errors import EngineError
+from skyrl_async.rollout.pool_meter import BusySpans
 from skyrl_async.rollout.sglang_client import SglangClient
 from skyrl_async.rollout.sglang_server_info import EngineLoad
 
@@ -62,6 +65,7 @@ class Member:
         misses: looks at it in a row that failed.
         aborts: of our requests, under way.
         removed: set when it left the pool.
+        busy: when it had requests of ours, for the timeline.
     """
 
     client: SglangClient
@@ -73,6 +77,7 @@ class Member:
     misses: int = 0
     aborts: set[asyncio.Task[None]] = field(default_factory=set)
     removed: asyncio.Event = field(default_factory=asyncio.Event)
+    busy: BusySpans = field(default_factory=lambda: BusySpans(NULL_LANE))
 
     @property
     def engine_id(self) -> str:
@@ -92,11 +97,16 @@ class Member:
 
 @dataclass(slots=True, eq=False)
 class Ticket:
-    """A request that waits for an engine; ``assigned`` gets None if it was withdrawn."""
+    """A request that waits for an engine; ``assigned`` gets None if it was withdrawn.
+
+    ``queued_s`` is how long it waited; 0 if it got one at once.
+    """
 
     session_id: str | None
     min_version: int
     assigned: asyncio.Future[Member | None]
+    queued_since_s: float | None = None
+    queued_s: float = 0.0
 
 
 class Router:
@@ -133,6 +143,8 @@ class Router:
         ticket = Ticket(session_id, min_version, assigned)
         self._waiting.append(ticket)
         self.assign()
+        if not assigned.done():
+            ticket.queued_since_s = time.monotonic()
         return ticket
 
     def withdraw(self, ticket: Ticket) -> None:
@@ -154,6 +166,7 @@ class Router:
     def leave(self, member: Member) -> None:
         """Say that a request left its member."""
         member.in_flight -= 1
+        member.busy.request_ends(member.in_flight)
         self.assign()
 
     def forget(self, session_id: str) -> None:
@@ -171,6 +184,9 @@ class Router:
                 still_waiting.append(ticket)
                 continue
             member.in_flight += 1
+            member.busy.request_starts()
+            if ticket.queued_since_s is not None:
+                ticket.queued_s = time.monotonic() - ticket.queued_since_s
             if ticket.session_id is not None:
                 self._homes[ticket.session_id] = member.engine_id
             ticket.assigned.set_result(member)

@@ -11,6 +11,7 @@ import numpy as np
 from skyrl_async.environments.base import EnvironmentFailure
 from skyrl_async.rollout.chat import Chat
 from skyrl_async.rollout.engine_client import EngineClient
+from skyrl_async.rollout.slots import NULL_SLOT, EpisodeClock
 from skyrl_async.types import (
     DropReason,
     FinishReason,
@@ -94,6 +95,7 @@ async def play(
     chat: Chat,
     sampling: Sampling,
     limits: EpisodeLimits,
+    clock: EpisodeClock = NULL_SLOT,
 ) -> Trajectory:
     """Play ``task`` once.
 
@@ -105,16 +107,21 @@ async def play(
         chat: tokens of observations, text of replies.
         sampling: of each reply.
         limits: of the episode.
+        clock: told what the episode does.
 
     Raises:
         EnvironmentFailure: if the environment fails, or the episode takes too long.
     """
     try:
         async with asyncio.timeout(limits.timeout_s) as deadline:
+            clock.in_environment()
             session = await sessions.open(task)
             try:
-                return await _take_turns(task, episode_id, session, engine, chat, sampling, limits)
+                return await _take_turns(
+                    task, episode_id, session, engine, chat, sampling, limits, clock
+                )
             finally:
+                clock.in_environment()
                 engine.release(episode_id)
                 await session.close()
     except TimeoutError:
@@ -134,10 +141,13 @@ async def _take_turns(
     chat: Chat,
     sampling: Sampling,
     limits: EpisodeLimits,
+    clock: EpisodeClock,
 ) -> Trajectory:
     turns: list[Turn] = []
     reward = 0.0
-    observed = chat.prompt(task.messages, await session.reset())
+    first = await session.reset()
+    clock.works()
+    observed = chat.prompt(task.messages, first)
     context: list[int] = []
     while True:
         context += observed
@@ -151,14 +161,17 @@ async def _take_turns(
                 )
             return Trajectory.from_turns(turns, reward=reward, status=TrajectoryStatus.TRUNCATED)
         request = sampling if room >= sampling.max_tokens else replace(sampling, max_tokens=room)
+        clock.generates()
         generation = await engine.generate(
             context, request, request_id=f"{episode_id}/{len(turns)}", session_id=episode_id
         )
         token_ids = generation.token_ids.tolist()
+        clock.generated(len(token_ids), queued_s=generation.queued_s)
         ids = np.array(observed, np.int32)
         turns.append(Turn(observation_token_ids=ids, generation=generation))
         context += token_ids
         outcome = await session.step(chat.decode(token_ids))
+        clock.works()
         reward += outcome.reward
         if outcome.terminated:
             return Trajectory.from_turns(turns, reward=reward, status=TrajectoryStatus.TERMINATED)

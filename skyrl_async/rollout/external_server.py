@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import aiohttp
 
@@ -50,6 +50,9 @@ class ExternalServer:
         address: of the server.
         hang_timeout_s: without an answer for this long it counts as down.
         on_change: called whenever the status has changed.
+
+    Attributes:
+        info: what the server last said of itself.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class ExternalServer:
         self._silence_until = 0.0
         self._status = ExternalStatus(state="starting", detail="not probed yet")
         self._healthy = asyncio.Event()
+        self.info: Mapping[str, Any] = {}
 
     @property
     def status(self) -> ExternalStatus:
@@ -123,9 +127,11 @@ class ExternalServer:
         limit = aiohttp.ClientTimeout(total=self._hang_timeout_s)
         try:
             async with session.get(url, timeout=limit) as response:
-                await response.read()
-                return None if response.status == 200 else f"{url} answered {response.status}"
-        except (aiohttp.ClientError, TimeoutError) as error:
+                if response.status != 200:
+                    return f"{url} answered {response.status}"
+                self.info = await response.json(content_type=None)
+                return None
+        except (aiohttp.ClientError, TimeoutError, ValueError) as error:
             return f"{url}: {error!r}"
 
     def _set(self, state: State, *, incarnation: int | None = None, detail: str = "") -> None:

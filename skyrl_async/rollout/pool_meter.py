@@ -5,8 +5,44 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from skyrl_async.metrics.trace import Lane
 from skyrl_async.rollout.engine_client import EngineStats
 from skyrl_async.rollout.sglang_protocol import Reply
+
+_LONGEST_SPAN_S = 1.0
+"""A longer one is written in pieces, so that little is lost with a killed process."""
+
+
+class BusySpans:
+    """When one engine of a pool had requests, as spans of the timeline.
+
+    Args:
+        lane: of the timeline.
+    """
+
+    __slots__ = ("_ended", "_lane", "_since_s")
+
+    def __init__(self, lane: Lane) -> None:
+        self._lane = lane
+        self._since_s: float | None = None
+        self._ended = 0
+
+    def request_starts(self) -> None:
+        """Call when the engine gets a request."""
+        if self._since_s is None:
+            self._since_s = time.monotonic()
+
+    def request_ends(self, in_flight: int) -> None:
+        """Call when it has answered one, with how many it still has."""
+        if self._since_s is None:
+            return
+        self._ended += 1
+        now_s = time.monotonic()
+        if in_flight and now_s - self._since_s < _LONGEST_SPAN_S:
+            return
+        self._lane.span("decode", self._since_s, now_s, {"requests": self._ended})
+        self._since_s = now_s if in_flight else None
+        self._ended = 0
 
 
 class PoolMeter:

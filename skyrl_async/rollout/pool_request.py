@@ -80,6 +80,7 @@ class PoolRequest:
         self.session_id = session_id
         self.name = name
         self.failures = 0
+        self.queued_s = 0.0
         self.aborted = False
         self.ticket: Ticket | None = None
         self.member: Member | None = None
@@ -140,4 +141,5 @@ class PoolRequest:
             policy_versions=np.array(self.policy_versions, np.int32),
             temperature=self.sampling.temperature or 1.0,
             finish_reason=reason,
+            queued_s=self.queued_s,
         )

@@ -20,6 +20,7 @@ import aiohttp
 from skyrl_async.rollout.endpoint import EngineEndpoint
 from skyrl_async.rollout.engine_errors import (
     AbortedByServer,
+    AdapterGone,
     BadReply,
     ConnectionLost,
     EngineError,
@@ -30,12 +31,14 @@ from skyrl_async.rollout.sglang_protocol import (
     EventSplitter,
     Reply,
     StreamedReply,
+    adapter_name,
     make_body,
     parse_version,
 )
 from skyrl_async.rollout.sglang_server_info import (
     EngineLoad,
     ServerInfo,
+    newest_adapter,
     parse_load,
     parse_server_info,
 )
@@ -102,11 +105,18 @@ class SglangClient:
         endpoint: of the server.
         vocab_size: of its model.
         limits: deadlines.
+        adapters: whether a policy version is an adapter, which requests name, or the weights.
     """
 
     def __init__(
-        self, endpoint: EngineEndpoint, *, vocab_size: int, limits: ClientLimits | None = None
+        self,
+        endpoint: EngineEndpoint,
+        *,
+        vocab_size: int,
+        limits: ClientLimits | None = None,
+        adapters: bool = False,
     ) -> None:
+        self._adapters = adapters
         self.endpoint = endpoint
         self.known_version = endpoint.policy_version
         self._vocab_size = vocab_size
@@ -129,6 +139,9 @@ class SglangClient:
     ) -> Reply:
         """Continue ``token_ids``; cancelling the caller aborts the request on the server.
 
+        With adapters the newest that is known is used. The finish reason is ABORT, too, if the
+        server ended the request because of a newer one: go on from the tokens with that.
+
         Args:
             token_ids: ``[P]``, the whole context.
             sampling: how to sample.
@@ -138,15 +151,17 @@ class SglangClient:
         Raises:
             EngineError: with what can be kept as ``partial``.
         """
+        version = self.known_version
         body = make_body(
             token_ids,
             sampling,
             rid=rid,
             vocab_size=self._vocab_size,
             extra_key=extra_key,
+            adapter=adapter_name(version) if self._adapters else None,
             stream_interval=self._stream_interval(sampling),
         )
-        stream = StreamedReply(known_version=self.known_version)
+        stream = StreamedReply(known_version=version, by_adapter=self._adapters)
         try:
             return await self._stream(rid, body, stream)
         except asyncio.CancelledError:
@@ -156,7 +171,16 @@ class SglangClient:
             if stream.whole is not None:
                 return stream.whole
             error.partial = error.partial or stream.certain()
+            ended = self._adapters and isinstance(error, AbortedByServer | AdapterGone)
+            if ended and await self._has_newer(version):
+                return error.partial
             raise
+
+    async def _has_newer(self, version: int) -> bool:
+        """Return whether the server has a newer adapter, for which requests end early."""
+        with contextlib.suppress(EngineError):
+            return await self.reported_version() > version
+        return False
 
     async def abort(self, rid: str) -> None:
         """End a request; its caller gets the tokens sampled so far. Unknown ids are ignored.
@@ -188,7 +212,10 @@ class SglangClient:
         Raises:
             EngineError: if there is no answer, or its weights are not a policy version.
         """
-        version = parse_version((await self._get("model_info")).get("weight_version"))
+        if self._adapters:
+            version = newest_adapter(await self._get("v1/models"))
+        else:
+            version = parse_version((await self._get("model_info")).get("weight_version"))
         self.known_version = max(self.known_version, version)
         return version
 

@@ -16,6 +16,9 @@ not newer, because generation is paused while weights are loaded. And no token i
 version that the server had already reported before the request was sent. So a token is certain
 while all numbers so far equal that version; the first other number ends what is kept, since a token
 after a discarded one has lost its context.
+
+**With adapters** a request names one and keeps it, so that its version is that of every token. The
+server's own label is then that of the weights beneath, which must not change meanwhile.
 """
 
 from __future__ import annotations
@@ -43,6 +46,19 @@ from skyrl_async.types import FinishReason, Int32Array, Sampling
 _MAX_VERSION = 2**31 - 1
 
 
+def adapter_name(policy_version: int) -> str:
+    """Return what requests call the adapter of a version."""
+    return f"v{policy_version}"
+
+
+def adapter_version(name: object) -> int | None:
+    """Return the policy version of an adapter of ours; None for any other name."""
+    if not isinstance(name, str) or not name.isascii():
+        return None
+    digits = name.removeprefix("v")
+    return int(digits) if digits.isdecimal() and adapter_name(int(digits)) == name else None
+
+
 def new_rid() -> str:
     """Return a request id; all have one length, because the server aborts by prefix."""
     return uuid.uuid4().hex
@@ -55,6 +71,7 @@ def make_body(
     rid: str,
     vocab_size: int,
     extra_key: str | None = None,
+    adapter: str | None = None,
     stream_interval: int = 32,
 ) -> dict[str, Any]:
     """Return the body of ``POST /generate``.
@@ -69,6 +86,7 @@ def make_body(
         rid: of :func:`new_rid`.
         vocab_size: token ids are below it; one that is not would end the server.
         extra_key: requests share cached prefixes only with those of the same key.
+        adapter: to sample with; requests share cached prefixes only with those of the same one.
         stream_interval: tokens between two chunks.
 
     Raises:
@@ -102,6 +120,8 @@ def make_body(
     }
     if extra_key is not None:
         body["extra_key"] = extra_key
+    if adapter is not None:
+        body["lora_path"] = adapter
     return body
 
 
@@ -151,11 +171,15 @@ class StreamedReply:
     """Collects the chunks of one stream, whether each repeats the earlier ones or not.
 
     Args:
-        known_version: the newest that the server had reported before the request was sent.
+        known_version: the newest that the server had reported before the request was sent; with
+            ``by_adapter``, that of the adapter that the request names.
+        by_adapter: whether it names one.
     """
 
-    def __init__(self, *, known_version: int) -> None:
+    def __init__(self, *, known_version: int, by_adapter: bool = False) -> None:
         self._known_version = known_version
+        self._by_adapter = by_adapter
+        self._label: object = None
         self._token_ids: list[int] = []
         self._logprobs: list[float] = []
         self._certain = 0
@@ -235,6 +259,10 @@ class StreamedReply:
         self._logprobs += logprobs
 
     def _take_version(self, text: object) -> None:
+        if self._by_adapter:
+            self._check_label(text)
+            self._certain = len(self._token_ids)
+            return
         version = parse_version(text)
         self.reported_version = max(self.reported_version, version)
         self._all_certain = self._all_certain and version == self._known_version
@@ -243,7 +271,7 @@ class StreamedReply:
 
     def _finish(self, meta: Mapping[str, Any], reason: Any) -> None:
         kind = reason.get("type") if isinstance(reason, Mapping) else reason
-        versions = versions_of_spans(meta.get("weight_versions"), len(self._token_ids))
+        versions = self._versions(meta.get("weight_versions"))
         if versions:
             self.reported_version = max(self.reported_version, versions[-1])
         if kind == "abort":
@@ -265,6 +293,22 @@ class StreamedReply:
             raise NonfiniteLogprob(f"the server stopped with {reason['matched']!r}")
         else:
             raise BadReply(f"unknown finish_reason {reason!r}")
+
+    def _versions(self, spans: object) -> list[int]:
+        if not self._by_adapter:
+            return versions_of_spans(spans, len(self._token_ids))
+        for span in spans if isinstance(spans, Sequence) else ():
+            self._check_label(span["version"])
+        return [self._known_version] * len(self._token_ids)
+
+    def _check_label(self, text: object) -> None:
+        """Raise UnverifiedWeights if the weights beneath the adapter have changed."""
+        if self._label not in (None, text):
+            raise UnverifiedWeights(
+                f"the weights beneath the adapter were {self._label!r} and became {text!r} within "
+                "one reply; load nothing but adapters into this server"
+            )
+        self._label = text
 
     def _reply(self, versions: list[int], reason: FinishReason) -> Reply:
         return Reply(

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from skyrl_async.rollout.engine_errors import BadReply, UnsupportedServer
+from skyrl_async.rollout.engine_errors import BadReply, UnsupportedServer, UnverifiedWeights
+from skyrl_async.rollout.engine_launch import MIN_ADAPTER_VERSION, ServedAdapters, is_recent
+from skyrl_async.rollout.sglang_protocol import adapter_version
 
 OLDEST_VERSION = (0, 5, 21)
 """Older servers report no version per token, or load weights by other calls."""
@@ -55,6 +57,47 @@ def parse_load(answer: Mapping[str, Any]) -> EngineLoad:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise BadReply(f"/v1/loads: {error!r} in {str(answer)[:500]}") from None
+
+
+def newest_adapter(answer: Mapping[str, Any]) -> int:
+    """Return the newest policy version among the adapters in the answer to ``GET /v1/models``.
+
+    Raises:
+        BadReply: if it is another answer.
+        UnverifiedWeights: if no adapter of ours is loaded.
+    """
+    try:
+        names = [model["id"] for model in answer["data"]]
+    except (KeyError, TypeError) as error:
+        raise BadReply(f"/v1/models: {error!r} in {str(answer)[:500]}") from None
+    versions = [v for v in map(adapter_version, names) if v is not None]
+    if not versions:
+        raise UnverifiedWeights(f"the server has loaded no adapter of ours, but {names}")
+    return max(versions)
+
+
+def adapter_problem(answer: Mapping[str, Any], adapters: ServedAdapters) -> str | None:
+    """Return why a server cannot be given these adapters; None if it can.
+
+    Args:
+        answer: to ``GET /server_info``.
+        adapters: that a server of our own would be started for.
+    """
+    version = str(answer.get("version"))
+    if not is_recent(version, minimum=MIN_ADAPTER_VERSION):
+        return f"SGLang {version!r} is too old for adapters; install sglang>={MIN_ADAPTER_VERSION}"
+    modules = answer.get("lora_target_modules") or ()
+    missing = () if "all" in modules else set(adapters.target_modules).difference(modules)
+    rank, slots = answer.get("max_lora_rank") or 0, answer.get("max_loras_per_batch") or 0
+    fits = rank >= adapters.rank and slots >= adapters.num_slots and not missing
+    if answer.get("enable_lora") and fits:
+        return None
+    return (
+        f"the server was started with enable_lora={answer.get('enable_lora')}, max_lora_rank={rank}"
+        f", max_loras_per_batch={slots} and lora_target_modules={sorted(modules)}; start it with "
+        f"--enable-lora --max-lora-rank {adapters.rank} --max-loras-per-batch {adapters.num_slots} "
+        f"--lora-target-modules {' '.join(adapters.target_modules)}"
+    )
 
 
 def parse_server_info(answer: Mapping[str, Any]) -> ServerInfo:

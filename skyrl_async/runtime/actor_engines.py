@@ -8,7 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from skyrl_async.config import Config
+from skyrl_async.metrics.trace import NULL_TRACER, Lane, Tracing
 from skyrl_async.rollout.endpoint import EngineEndpoint
+from skyrl_async.runtime.published_adapters import adapter_layout, publishes_adapters
 
 if TYPE_CHECKING:
     from skyrl_async.learner.lora_merge import AdapterMerger
@@ -30,9 +32,17 @@ class EmbeddedEngines:
         config: of the run.
         index: of the actor, from 0.
         start_version: policy version from which the run goes on.
+        tracer: gets a lane for the engine, and one for evaluations.
     """
 
-    def __init__(self, config: Config, *, index: int, start_version: int = 0) -> None:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        index: int,
+        start_version: int = 0,
+        tracer: Tracing = NULL_TRACER,
+    ) -> None:
         import torch
 
         from skyrl_async.learner.policy import load_model
@@ -44,7 +54,9 @@ class EmbeddedEngines:
         self._model = model.to(config.engine.device)
         self._merger = self._make_merger()
         seed = config.seed + index + _SEEDS_APART * start_version
-        self._engine = self._make(self._model, seed=seed)
+        lane = tracer.lane(role="engine", name="engine")
+        self._evaluation_lane = tracer.lane(role="evaluation", name="evaluation")
+        self._engine = self._make(self._model, seed=seed, lane=lane)
         self._receiver: Any = None
 
     @property
@@ -58,6 +70,7 @@ class EmbeddedEngines:
             copy.deepcopy(self._model),
             seed=_EVALUATION_SEED,
             policy_version=self._engine.policy_version,
+            lane=self._evaluation_lane,
         )
 
     def connect(self, address: Address, on_swap: Callable[[], None]) -> None:
@@ -125,15 +138,11 @@ class EmbeddedEngines:
 
         if self._merger is None:
             return WeightLayout.of(self._model.named_parameters())
-        from skyrl_async.learner.lora import adapter_parameters, add_adapter
-        from skyrl_async.learner.policy import skeleton
-        from skyrl_async.runtime.settings import lora_settings, policy_source
+        return adapter_layout(self._config)
 
-        model, lora = skeleton(policy_source(self._config)), lora_settings(self._config)
-        assert lora is not None, "there is a merger only with adapters"
-        return WeightLayout.of(adapter_parameters(add_adapter(model, lora)))
-
-    def _make(self, model: Any, *, seed: int, policy_version: int = 0) -> EmbeddedEngine:
+    def _make(
+        self, model: Any, *, seed: int, lane: Lane, policy_version: int = 0
+    ) -> EmbeddedEngine:
         from skyrl_async.rollout.embedded_engine import EmbeddedEngine
 
         engine = self._config.engine
@@ -144,6 +153,7 @@ class EmbeddedEngines:
             kv_after_swap=engine.kv_after_swap,
             seed=seed,
             policy_version=policy_version,
+            lane=lane,
         )
 
 
@@ -153,11 +163,13 @@ class ServerEngines:
     Args:
         config: of the run.
         vocab_size: of the policy; a token id outside it would end a server.
+        tracer: gets a lane for each server.
     """
 
-    def __init__(self, config: Config, *, vocab_size: int) -> None:
+    def __init__(self, config: Config, *, vocab_size: int, tracer: Tracing = NULL_TRACER) -> None:
         self._config = config
         self._vocab_size = vocab_size
+        self._tracer = tracer
         self._pool = self._make()
 
     @property
@@ -201,4 +213,6 @@ class ServerEngines:
             max_concurrent=-(-engine.max_concurrent // self._config.rollout.num_actors),
             stall_timeout_s=engine.hang_timeout_s,
             request_timeout_s=environment.episode_timeout_s,
+            adapters=publishes_adapters(self._config),
+            tracer=self._tracer,
         )

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import socket
+import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -18,7 +19,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from skyrl_async.config import Config
 from skyrl_async.coordination.engine_fleet import EngineReport
+from skyrl_async.metrics.trace import NULL_LANE, NULL_TRACER, Lane, Tracing, open_tracer
 from skyrl_async.rollout.endpoint import EngineEndpoint
+from skyrl_async.runtime.published_adapters import (
+    adapter_layout,
+    adapter_loader,
+    publishes_adapters,
+    served_adapters,
+)
 from skyrl_async.runtime.server_settings import external_server, server_settings
 
 if TYPE_CHECKING:
@@ -100,6 +108,8 @@ class EngineWorker:
         self._stall_s = 0.0
         self._loads = 0
         self._reported_incarnation = 0
+        self._tracer: Tracing = NULL_TRACER
+        self._lane: Lane = NULL_LANE
 
     async def start(self, *, host: str = "127.0.0.1") -> Mapping[str, Any]:
         """Start the server and wait until it is healthy; return where this worker runs.
@@ -113,15 +123,23 @@ class EngineWorker:
         from skyrl_async.learner.policy import skeleton
         from skyrl_async.rollout.engine_supervisor import EngineSupervisor
         from skyrl_async.rollout.external_server import ExternalServer
+        from skyrl_async.rollout.sglang_server_info import adapter_problem
         from skyrl_async.runtime.settings import policy_source
         from skyrl_async.weight_sync.export_names import export_names
         from skyrl_async.weight_sync.layout import WeightLayout
 
         config = self._config
-        model = skeleton(policy_source(config))
-        # A server knows weights by the names that files have, not by those of this model.
-        published = export_names(model).publish(model.named_parameters())
-        self._layout = WeightLayout.of(published)
+        self._tracer = open_tracer(
+            self._folder if config.logging.trace else None, process=self._name
+        )
+        self._lane = self._tracer.lane(role="engine", name=self._name)
+        if publishes_adapters(config):
+            self._layout = adapter_layout(config)
+        else:
+            model = skeleton(policy_source(config))
+            # A server knows weights by the names that files have, not by those of this model.
+            published = export_names(model).publish(model.named_parameters())
+            self._layout = WeightLayout.of(published)
         if config.engine.urls:
             self._supervisor = ExternalServer(
                 external_server(config, index=self._index),
@@ -136,6 +154,11 @@ class EngineWorker:
             )
         self._running = asyncio.create_task(self._supervisor.run())
         await self._supervisor.wait_healthy(timeout_s=config.engine.start_timeout_s)
+        served = served_adapters(config)
+        if served is not None and isinstance(self._supervisor, ExternalServer):
+            problem = adapter_problem(self._supervisor.info, served)
+            if problem is not None:
+                raise RuntimeError(f"engine.urls: {config.engine.urls[self._index]}: {problem}")
         return {"pid": os.getpid(), "host": socket.gethostname()}
 
     async def connect(self, address: Address) -> None:
@@ -155,12 +178,15 @@ class EngineWorker:
             return
         engine = self._config.engine
         self._control = SglangControl(url=server.url, admin_key=server.admin_key)
-        self._loader = SglangLoader(
-            self._control,
-            kv_after_swap=engine.kv_after_swap,
-            way="file" if engine.weight_load == "file" else "memory",
-            tensor_parallel=engine.tensor_parallel,
-        )
+        if publishes_adapters(self._config):
+            self._loader = adapter_loader(self._config, self._control)
+        else:
+            self._loader = SglangLoader(
+                self._control,
+                kv_after_swap=engine.kv_after_swap,
+                way="file" if engine.weight_load == "file" else "memory",
+                tensor_parallel=engine.tensor_parallel,
+            )
         loop = asyncio.get_running_loop()
         incarnation = status.incarnation
 
@@ -202,6 +228,7 @@ class EngineWorker:
             await self._supervisor.close()
             self._running.cancel()
             await asyncio.gather(self._running, return_exceptions=True)
+        self._tracer.close()
 
     async def _disconnect(self) -> int:
         """End the pair; return the version that the server runs then, -1 for none."""
@@ -223,6 +250,7 @@ class EngineWorker:
         from skyrl_async.weight_sync.sglang_loader import EngineBroken
 
         timeout_s = self._load_timeout_s
+        started_s = time.monotonic()
         async with self._loading:
             status = self._supervisor.status
             if status.incarnation != incarnation or status.server is None:
@@ -241,7 +269,7 @@ class EngineWorker:
                 self._detail = str(error)
                 self._supervisor.restart(str(error))
                 raise
-            self._loaded(report)
+            self._loaded(report, started_s)
 
     @property
     def _load_timeout_s(self) -> float:
@@ -251,7 +279,12 @@ class EngineWorker:
             return max(config.engine.load_timeout_s, config.weight_sync.timeout_s)
         return config.engine.load_timeout_s
 
-    def _loaded(self, report: LoadReport) -> None:
+    def _loaded(self, report: LoadReport, started_s: float) -> None:
+        ended_s, version = time.monotonic(), report.policy_version
+        swap_s = max(started_s, ended_s - report.stall_s)
+        self._lane.span("load", started_s, ended_s, {"policy_version": version})
+        self._lane.span("swap", swap_s, ended_s, {"policy_version": version})
+        self._lane.flow("loaded", policy_version=version, time_s=ended_s)
         self._policy_version = report.policy_version
         self._stall_s += report.stall_s
         self._loads += 1
@@ -279,6 +312,7 @@ class EngineWorker:
             policy_version=self._policy_version,
             counts={"stall_s": stall_s, "loads": loads, "restarts": max(0, restarts)},
             detail=self._detail or status.detail,
+            named=publishes_adapters(self._config),
         )
 
     def _connected(self) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 from skyrl_async.config import Config
 from skyrl_async.learner.attention import resolve_attention
 from skyrl_async.learner.initial_weights import weight_reader
-from skyrl_async.learner.learner import Learner, Ledger
+from skyrl_async.learner.learner import Learner
 from skyrl_async.learner.lora import (
     adapter_parameters,
     add_adapter,
@@ -24,6 +24,7 @@ from skyrl_async.learner.lora_merge import MergedWeight
 from skyrl_async.learner.policy import PolicySource, load_model, skeleton
 from skyrl_async.learner.rank_group import RankGroup
 from skyrl_async.learner.sharding import local_rows
+from skyrl_async.learner.time_parts import Ledger
 from skyrl_async.runtime.settings import (
     learner_settings,
     lora_settings,
@@ -32,7 +33,7 @@ from skyrl_async.runtime.settings import (
 )
 from skyrl_async.weight_sync.export_names import ExportNames, export_names
 from skyrl_async.weight_sync.gathering import ShardedWeight
-from skyrl_async.weight_sync.snapshot import SnapshotPool, WeightSource
+from skyrl_async.weight_sync.snapshot import NUM_BUFFERS, SnapshotPool, WeightSource
 
 
 def build_ranks(config: Config, *, rank: int, store_address: tuple[str, int] | None) -> RankGroup:
@@ -98,12 +99,14 @@ def _load(source: PolicySource, ranks: RankGroup) -> Any:
 
 def whole_weights(config: Config, model: Any) -> SnapshotPool:
     """Return what copies the weights to publish, which this rank has all of."""
+    num_buffers = NUM_BUFFERS + (config.lab.exact_lag or 0)
     if config.lora.rank and config.lora.publish == "adapter":
-        return SnapshotPool(adapter_parameters(model))
+        return SnapshotPool(adapter_parameters(model), num_buffers=num_buffers)
     named: Iterator[tuple[str, Tensor | WeightSource]] = iter(merged_parameters(model))
     if config.engine.kind == "sglang":
         named = _exported(export_names(skeleton(policy_source(config))), named)
-    return SnapshotPool(named, dtype=getattr(torch, policy_source(config).dtype))
+    dtype = getattr(torch, policy_source(config).dtype)
+    return SnapshotPool(named, dtype=dtype, num_buffers=num_buffers)
 
 
 def _exported(

@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skyrl_async.config import Config
-from skyrl_async.metrics.ledger import TimeLedger, fractions
+from skyrl_async.metrics.ledger import TimeLedger
+from skyrl_async.metrics.trace import open_tracer
 from skyrl_async.types import SampledBatch, StepResult
 
 if TYPE_CHECKING:
     from skyrl_async.weight_sync.receiving import Address
     from skyrl_async.weight_sync.transport import WeightSender
 
-_PARTS = ("wait", "prepare", "proximal", "train", "snapshot", "checkpoint")
+_PARTS = ("wait", "prepare", "proximal", "train", "step", "snapshot", "checkpoint")
 
 
 class LearnerWorker:
@@ -38,6 +39,7 @@ class LearnerWorker:
         rank: in the learner group.
         store_address: where rank 0 hosts the group's store; needed with several ranks.
         resume_from: checkpoint to go on from; without one, training begins.
+        folder: of the run, for the timeline; None leaves none.
     """
 
     def __init__(
@@ -47,12 +49,16 @@ class LearnerWorker:
         rank: int = 0,
         store_address: tuple[str, int] | None = None,
         resume_from: Path | None = None,
+        folder: Path | None = None,
     ) -> None:
         self._config = config
+        self._tracer = open_tracer(None, process="")
+        self._run_folder = folder if config.logging.trace else None
         self._resume_from = resume_from
         self._rank = rank
         self._store_address = store_address
         self._publisher: Any = None
+        self._late: Any = None
         self._snapshots: Any = None
         self._gatherer: Any = None
         self._store: Any = None
@@ -61,16 +67,28 @@ class LearnerWorker:
         """Load the policy and join the learner group; return where this worker runs."""
         import torch
 
-        from skyrl_async.runtime.learner_build import build_learner, build_ranks
+        from skyrl_async.runtime.learner_build import build_ranks
 
         config = self._config
         torch.set_num_threads(config.learner.num_threads)
         self._ranks = build_ranks(config, rank=self._rank, store_address=self._store_address)
-        self._ledger = TimeLedger("learner", parts=_PARTS)
-        self._learner = build_learner(config, self._ranks, ledger=self._ledger)
+        self._tracer = open_tracer(self._run_folder, process=f"learner {self._rank}")
+        self._lane = self._tracer.lane(role="learner", name=f"rank {self._rank}")
+        self._ledger = TimeLedger("learner", parts=_PARTS, lane=self._lane)
+        self._learner = self._build_learner()
         self._open_checkpoints()
         self._make_snapshots()
         return {"pid": os.getpid(), "host": socket.gethostname()}
+
+    def _build_learner(self) -> Any:
+        """Return the learner, or what takes its time."""
+        if self._config.simulate.learner:
+            from skyrl_async.runtime.simulated import build_simulated_learner
+
+            return build_simulated_learner(self._config, ledger=self._ledger)
+        from skyrl_async.runtime.learner_build import build_learner
+
+        return build_learner(self._config, self._ranks, ledger=self._ledger)
 
     def _make_snapshots(self) -> None:
         """Prepare to copy the weights that this rank has its part of."""
@@ -113,10 +131,21 @@ class LearnerWorker:
             host: address to listen on, as the engines can reach it.
             folder: shared with the engines; used by the disk transport only.
         """
+        from skyrl_async.lab.late_publishing import LatePublishing
         from skyrl_async.weight_sync.publisher import WeightPublisher
 
         self._host, self._folder = host, folder
-        self._publisher = WeightPublisher({}, timeout_s=self._config.weight_sync.timeout_s)
+        self._publisher = WeightPublisher(
+            {}, timeout_s=self._config.weight_sync.timeout_s, tracer=self._tracer
+        )
+        self._late = LatePublishing(self._publisher.publish, lag=self._config.lab.exact_lag or 0)
+
+    def record_samples(self, path: Path) -> None:
+        """Append a few trajectories to a file now and then, as the configuration says."""
+        from skyrl_async.runtime.sample_recorder import SampleRecorder
+
+        if self._config.logging.samples_every_steps and not self._config.simulate.learner:
+            self._learner.observer = SampleRecorder(self._config, self._learner, path)
 
     def open_pair(self, engine_id: str) -> Address:
         """Make a sender for an engine, in place of an old one; return where it is found."""
@@ -168,12 +197,21 @@ class LearnerWorker:
             RuntimeError: if the publisher failed, or lost the engine of a rollout actor.
         """
         with self._ledger.part("prepare"):
+            started_s = self._ledger.since_s
             result = self._learner.step(batch)
             with self._ledger.part("snapshot"):
                 published = self._publish(result)
-        parts = fractions(self._ledger.take())
-        idle = {f"idle/learner/{part}_fraction": share for part, share in parts.items()}
-        return replace(result, metrics={**result.metrics, **published, **idle})
+        self._draw(result, started_s, self._ledger.since_s)
+        metrics = {**result.metrics, **published}
+        return replace(result, metrics=metrics, seconds=self._ledger.take())
+
+    def _draw(self, result: StepResult, started_s: float, ended_s: float) -> None:
+        """Put the whole step on the timeline, around its parts."""
+        version, tokens = result.policy_version, sum(result.staleness_counts.values())
+        args = {"policy_version": version, "tokens": tokens}
+        self._lane.span("learner step", started_s, ended_s, args)
+        if not result.skipped:
+            self._lane.flow("made", policy_version=version, time_s=ended_s)
 
     def remember(self) -> None:
         """Keep a copy of weights and optimizer, in place of an older one."""
@@ -225,9 +263,14 @@ class LearnerWorker:
         self._writer.finish()
 
     def save_policy(self, folder: Path) -> None:
-        """Write the policy in Hugging Face format; all ranks call this, and rank 0 writes."""
+        """Write the policy in Hugging Face format; all ranks call this, and rank 0 writes.
+
+        A simulated learner has trained none, so nothing is written.
+        """
         from skyrl_async.runtime.learner_build import save_whole_policy
 
+        if self._config.simulate.learner:
+            return
         save_whole_policy(self._learner, self._config, self._ranks, folder)
 
     def close(self) -> None:
@@ -236,14 +279,16 @@ class LearnerWorker:
             self._gatherer.close()
         if self._publisher is not None:
             self._publisher.close()
+            self._late.close()
         self._ranks.close()
+        self._tracer.close()
 
     def _take_snapshot(self, policy_version: int) -> None:
         """Hand the weights as they are now to what publishes them in the background."""
         if self._gatherer is not None:
             self._gatherer.take(policy_version)
         elif self._publisher is not None:
-            self._publisher.publish(self._snapshots.take(policy_version))
+            self._late.publish(self._snapshots.take(policy_version))
 
     def _publish(self, result: StepResult) -> dict[str, float]:
         if not result.skipped:

@@ -84,10 +84,12 @@ class LocalRuntime:
     """
 
     def __init__(self, config: Config, *, folder: Path, resume: Resume | None = None) -> None:
-        worker = LearnerWorker(config, resume_from=resume.checkpoint if resume else None)
+        checkpoint = resume.checkpoint if resume else None
+        worker = LearnerWorker(config, resume_from=checkpoint, folder=folder)
+        version = start_version(resume)
         self.learner = LocalLearner(worker)
         self.rollouts: Mapping[str, RolloutWorker] = {
-            engine_name(i): RolloutWorker(config, index=i, start_version=start_version(resume))
+            engine_name(i): RolloutWorker(config, index=i, start_version=version, folder=folder)
             for i in range(config.rollout.num_actors)
         }
         self.engines: Mapping[str, EngineWorker] = {
@@ -108,6 +110,8 @@ class LocalRuntime:
             self._learner_worker.open_publisher, host="127.0.0.1", folder=self._folder / "weights"
         )
         await self.learner.call(open_publisher)
+        samples = self._folder / "samples.jsonl"
+        await self.learner.call(self._learner_worker.record_samples, samples)
         if self.engines:
             status("starting SGLang")
             places = await asyncio.gather(*(engine.start() for engine in self.engines.values()))

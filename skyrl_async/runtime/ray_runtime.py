@@ -273,7 +273,7 @@ class RayRuntime:
         )
         resume_from = self._resume.checkpoint if self._resume is not None else None
         self._learners = [
-            learner_class.remote(config, rank=rank, resume_from=resume_from)
+            learner_class.remote(config, rank=rank, resume_from=resume_from, folder=self._folder)
             for rank in range(config.learner.num_ranks)
         ]
         spread = config.cluster.address is not None and config.cluster.spread
@@ -285,7 +285,10 @@ class RayRuntime:
         )
         for index in range(config.rollout.num_actors):
             self._actors[engine_name(index)] = actor_class.remote(
-                config, index=index, start_version=start_version(self._resume)
+                config,
+                index=index,
+                start_version=start_version(self._resume),
+                folder=self._folder,
             )
         engine_class = ray.remote(RayEngineWorker).options(
             num_cpus=config.cluster.engine_cpus,
@@ -323,6 +326,7 @@ class RayRuntime:
         await _answer(
             self._learners[0].open_publisher.remote(host=host, folder=self._folder / "weights")
         )
+        await _answer(self._learners[0].record_samples.remote(self._folder / "samples.jsonl"))
         if not self._engine_actors:
             for name, handle in self._actors.items():
                 await _answer(handle.connect.remote(await self.learner.open_pair(name)))

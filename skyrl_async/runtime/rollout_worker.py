@@ -6,14 +6,19 @@ import asyncio
 import os
 import socket
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skyrl_async.config import Config
+from skyrl_async.metrics.trace import NULL_TRACER, Tracing, open_tracer
 from skyrl_async.rollout.endpoint import EngineEndpoint
 from skyrl_async.runtime.actor_engines import EmbeddedEngines, ServerEngines
 from skyrl_async.types import Assignment, EvaluationResult, RolloutReport, Task
 
 if TYPE_CHECKING:
+    from skyrl_async.rollout.actor import Engine
+    from skyrl_async.rollout.episode import Sessions
+    from skyrl_async.runtime.simulated import SimulatedEngines
     from skyrl_async.weight_sync.receiving import Address
 
 
@@ -34,9 +39,19 @@ class RolloutWorker:
         config: of the run.
         index: of this actor, from 0.
         start_version: policy version from which the run goes on; its random numbers are others.
+        folder: of the run, for the timeline; None leaves none.
     """
 
-    def __init__(self, config: Config, *, index: int, start_version: int = 0) -> None:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        index: int,
+        start_version: int = 0,
+        folder: Path | None = None,
+    ) -> None:
+        self._folder = folder if config.logging.trace else None
+        self._tracer: Tracing = NULL_TRACER
         self._start_version = start_version
         self._config = config
         self._index = index
@@ -52,14 +67,23 @@ class RolloutWorker:
         from skyrl_async.runtime.settings import policy_source, sampling_settings
 
         config = self._config
+        self._tracer = open_tracer(self._folder, process=engine_name(self._index))
         source = policy_source(config)
-        self._engines: EmbeddedEngines | ServerEngines
-        if config.engine.kind == "embedded":
+        self._engines: EmbeddedEngines | ServerEngines | SimulatedEngines
+        if config.simulate.engine:
+            from skyrl_async.runtime.simulated import SimulatedEngines
+
+            self._engines = SimulatedEngines(
+                config, index=self._index, start_version=self._start_version, tracer=self._tracer
+            )
+        elif config.engine.kind == "embedded":
             self._engines = EmbeddedEngines(
-                config, index=self._index, start_version=self._start_version
+                config, index=self._index, start_version=self._start_version, tracer=self._tracer
             )
         else:
-            self._engines = ServerEngines(config, vocab_size=vocabulary_size(source))
+            self._engines = ServerEngines(
+                config, vocab_size=vocabulary_size(source), tracer=self._tracer
+            )
         chat = Chat(load_tokenizer(source))
         env = config.environment
         self._host = EnvironmentHost(
@@ -71,9 +95,9 @@ class RolloutWorker:
             max_observation_chars=env.max_observation_chars,
         )
         self._actor = RolloutActor(
-            engine=self._engines.engine,
+            engine=self._perturbed(self._engines.engine),
             evaluation_engine=self._engines.for_evaluation,
-            sessions=self._host,
+            sessions=self._slowed(self._host),
             chat=chat,
             settings=RolloutSettings(
                 group_size=config.rollout.group_size,
@@ -83,10 +107,33 @@ class RolloutWorker:
                     context_length=config.engine.context_length,
                     timeout_s=env.episode_timeout_s,
                 ),
+                num_drawn_slots=config.logging.trace_slots,
             ),
+            tracer=self._tracer,
         )
         self._running = asyncio.create_task(self._actor.run())
         return {"pid": os.getpid(), "host": socket.gethostname()}
+
+    def _perturbed(self, engine: Engine) -> Engine:
+        """Return the engine as the lab wants it."""
+        from skyrl_async.lab.noisy_engine import NoisyEngine
+
+        std = self._config.lab.logprob_noise
+        return NoisyEngine(engine, std=std, seed=self._config.seed) if std else engine
+
+    def _slowed(self, sessions: Sessions) -> Sessions:
+        """Return the environments as the lab wants them."""
+        from skyrl_async.lab.stragglers import StragglingSessions
+
+        lab = self._config.lab
+        if not lab.straggler_fraction:
+            return sessions
+        return StragglingSessions(
+            sessions,
+            fraction=lab.straggler_fraction,
+            factor=lab.straggler_factor,
+            seed=self._config.seed + self._index,
+        )
 
     async def connect(self, address: Address) -> None:
         """Start the weight receiver beside the engine of this process.
@@ -127,6 +174,7 @@ class RolloutWorker:
             self._running.cancel()
             await asyncio.gather(self._running, return_exceptions=True)
             await self._host.close()
+        self._tracer.close()
 
 
 def engine_name(index: int) -> str:

@@ -9,6 +9,7 @@ from skyrl_async.config import Config
 from skyrl_async.learner.policy import load_model, load_tokenizer, save_policy
 from skyrl_async.rollout.engine_process import ServerSettings
 from skyrl_async.rollout.external_server import ExternalAddress
+from skyrl_async.runtime.published_adapters import served_adapters
 from skyrl_async.runtime.settings import policy_source
 
 
@@ -43,6 +44,7 @@ def server_settings(config: Config, *, name: str, folder: Path, host: str) -> Se
         max_running_requests=engine.max_concurrent,
         max_total_tokens=tokens,
         extra_args=engine.sglang_args,
+        adapters=served_adapters(config),
         log_path=own / "server.log",
         start_timeout_s=engine.start_timeout_s,
         num_threads=engine.num_threads,

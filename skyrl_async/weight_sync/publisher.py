@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
+from skyrl_async.metrics.trace import NULL_TRACER, Args, Lane, Tracing
 from skyrl_async.weight_sync.snapshot import WeightSnapshot
 from skyrl_async.weight_sync.transport import EngineLost, TransferRejected, WeightSender
 
@@ -86,6 +87,7 @@ class WeightPublisher:
         timeout_s: an engine that has not acknowledged a version by then is lost.
         on_event: called in the publisher's thread; an exception in it ends the publisher.
         cpus: that the publisher's threads may use; None leaves them as they are.
+        tracer: gets a lane for each engine.
 
     Raises:
         ValueError: if ``timeout_s`` is not positive.
@@ -98,6 +100,7 @@ class WeightPublisher:
         timeout_s: float,
         on_event: Callable[[EngineEvent], None] | None = None,
         cpus: Collection[int] | None = None,
+        tracer: Tracing = NULL_TRACER,
     ) -> None:
         if timeout_s <= 0:
             raise ValueError(f"timeout_s must be > 0, got {timeout_s}")
@@ -106,6 +109,8 @@ class WeightPublisher:
         self._timeout_s = timeout_s
         self._on_event = on_event
         self._cpus = cpus
+        self._tracer = tracer
+        self._lanes: dict[str, Lane] = {}
         self._changed = threading.Condition()
         self._waiting: WeightSnapshot | None = None
         self._busy = False
@@ -271,7 +276,7 @@ class WeightPublisher:
         threads = {
             engine_id: threading.Thread(
                 target=_send_to_one,
-                args=(engine_id, sender, snapshot, deadline, results),
+                args=(engine_id, sender, snapshot, deadline, results, self._lane(engine_id)),
                 name=f"weight-sender-{engine_id}",
                 daemon=True,
             )
@@ -285,6 +290,12 @@ class WeightPublisher:
         with self._changed:
             self._num_publishes += 1
             self._transfer_s += time.monotonic() - started
+
+    def _lane(self, engine_id: str) -> Lane:
+        if engine_id not in self._lanes:
+            name = f"transfer to {engine_id}"
+            self._lanes[engine_id] = self._tracer.lane(role="publisher", name=name)
+        return self._lanes[engine_id]
 
     def _collect(
         self,
@@ -335,12 +346,24 @@ def _send_to_one(
     snapshot: WeightSnapshot,
     deadline: float,
     results: queue.SimpleQueue[EngineEvent | BaseException],
+    lane: Lane,
 ) -> None:
     """Put one event, or the exception of a broken sender, into ``results``."""
+    version = snapshot.policy_version
+    started_s = time.monotonic()
+    lane.flow("sent", policy_version=version, time_s=started_s, engine=engine_id)
     try:
-        results.put(_attempt(engine_id, sender, snapshot, deadline))
+        event = _attempt(engine_id, sender, snapshot, deadline)
     except BaseException as error:
         results.put(error)
+        return
+    args: Args = {
+        "policy_version": version,
+        "size_bytes": event.size_bytes,
+        "status": event.status.value,
+    }
+    lane.span("transfer", started_s, time.monotonic(), args)
+    results.put(event)
 
 
 def _attempt(

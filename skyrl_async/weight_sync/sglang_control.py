@@ -5,6 +5,7 @@ Only the worker beside the server has that key. All bodies are JSON; nothing her
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -30,6 +31,8 @@ class ControlError(RuntimeError):
 
 class SglangControl:
     """One weight update is ``pause, begin, update…, end, resume``; see ``sglang_loader``.
+
+    Adapters are loaded without a pause; see ``sglang_adapters``.
 
     Args:
         url: ``http://HOST:PORT`` of the server.
@@ -143,7 +146,34 @@ class SglangControl:
             body["weight_version"] = str(policy_version)
         await self._post("update_weights_from_distributed", body, timeout_s)
 
-    async def _post(self, path: str, body: Mapping[str, Any], timeout_s: float) -> None:
+    async def load_adapter(self, name: str, folder: str, *, timeout_s: float) -> tuple[str, ...]:
+        """Load a low-rank adapter beside the weights; the server goes on generating.
+
+        Args:
+            name: for requests to name it by; not in use yet.
+            folder: in the format of the `peft` library; not needed any more afterwards.
+            timeout_s: for the whole load.
+
+        Returns:
+            The names of all adapters that are loaded now.
+        """
+        body = {"lora_name": name, "lora_path": folder}
+        text = await self._post("load_lora_adapter", body, timeout_s)
+        return _loaded_adapters(text, "load_lora_adapter")
+
+    async def unload_adapter(self, name: str, *, timeout_s: float) -> tuple[str, ...]:
+        """Unload an adapter, which no request can name from now on; see :meth:`load_adapter`.
+
+        The server answers, and takes the next such call, when no running request needs it.
+        """
+        text = await self._post("unload_lora_adapter", {"lora_name": name}, timeout_s)
+        return _loaded_adapters(text, "unload_lora_adapter")
+
+    async def abort_all(self, *, timeout_s: float) -> None:
+        """End all requests where they are; their callers get the tokens sampled so far."""
+        await self._post("abort_request", {"rid": "", "abort_all": True}, timeout_s)
+
+    async def _post(self, path: str, body: Mapping[str, Any], timeout_s: float) -> str:
         if self._session is None:
             self._session = aiohttp.ClientSession(
                 headers=self._headers,
@@ -154,14 +184,27 @@ class SglangControl:
             async with self._session.post(
                 f"{self._url}/{path}", json=body, timeout=limit
             ) as response:
-                if response.status == 200:
-                    return
-                text = (await response.text())[:500]
-                status = response.status
+                text, status = await response.text(), response.status
         except TimeoutError:
             raise ControlError(
                 f"{path}: no answer from {self._url} within {timeout_s:.1f} s", status=None
             ) from None
         except aiohttp.ClientError as error:
             raise ControlError(f"{path}: {self._url} {error!r}", status=None) from None
-        raise ControlError(f"{path}: {self._url} answered {status}: {text}", status=status)
+        if status == 200:
+            return text
+        raise ControlError(f"{path}: {self._url} answered {status}: {text[:500]}", status=status)
+
+
+def _loaded_adapters(text: str, path: str) -> tuple[str, ...]:
+    """Return the names in an answer about adapters.
+
+    Raises:
+        ControlError: if it is another one.
+    """
+    try:
+        return tuple(json.loads(text)["loaded_adapters"])
+    except (KeyError, TypeError, ValueError):
+        raise ControlError(
+            f"{path}: the answer names no loaded_adapters: {text[:500]}", status=200
+        ) from None

@@ -13,6 +13,9 @@ from torch import Tensor
 from skyrl_async.types import WeightManifest
 from skyrl_async.weight_sync.layout import FlatBuffer, WeightLayout, untied
 
+NUM_BUFFERS = 3
+"""Snapshots that exist at once at most: one in flight, one waiting, one being written."""
+
 
 class WeightSource(Protocol):
     """A weight that is computed where it is written to.
@@ -104,13 +107,11 @@ class WeightSnapshot:
 class SnapshotPool:
     """A few preallocated host buffers that snapshots are taken into.
 
-    Three suffice: one version in flight, one waiting, one being written.
-
     Args:
         named_parameters: the local weights, which optimizers must change in place, or what
             computes them.
         dtype: of the published floating-point tensors; None keeps each parameter's own.
-        num_buffers: snapshots that may exist at once.
+        num_buffers: snapshots that may exist at once; more where versions are held back.
 
     Raises:
         ValueError: if there is no parameter, a name comes twice, or there is no buffer.
@@ -121,7 +122,7 @@ class SnapshotPool:
         named_parameters: Iterable[tuple[str, Tensor | WeightSource]],
         *,
         dtype: torch.dtype | None = None,
-        num_buffers: int = 3,
+        num_buffers: int = NUM_BUFFERS,
     ) -> None:
         if num_buffers < 1:
             raise ValueError(f"num_buffers must be >= 1, got {num_buffers}")

@@ -25,6 +25,7 @@ class Endpoint:
 
     engine: str
     incarnation: int
+    named_version: int | None = None
 
 
 class FakeEngine:
@@ -36,6 +37,7 @@ class FakeEngine:
         self.up = True
         self.address: int | None = None
         self.version = -1
+        self.named = False
         self.news = asyncio.Event()
         self._learner = learner
 
@@ -60,12 +62,14 @@ class FakeEngine:
 
     def report(self) -> EngineReport:
         connected = self.address is not None and self._learner.pairs.get(self.name) == self.address
+        named_version = self.version if self.named else None
         return EngineReport(
-            endpoint=Endpoint(self.name, self.incarnation) if self.up else None,
+            endpoint=Endpoint(self.name, self.incarnation, named_version) if self.up else None,
             incarnation=self.incarnation,
             connected=connected,
             policy_version=self.version,
             detail="" if self.up else "killed",
+            named=self.named,
         )
 
     def die(self) -> None:
@@ -121,6 +125,8 @@ class Bench:
             groups_per_step=4, max_staleness=3, largest_group_bytes=10, capacity_bytes=10_000
         )
         self.pools: list[tuple[Endpoint, ...]] = []
+        self.live_when_told: list[int] = []
+        self.while_told = lambda: None
         self.fleet = EngineFleet(
             self.engines,
             ledger=self.admission,
@@ -138,6 +144,9 @@ class Bench:
             if engine.up and engine.incarnation == endpoint.incarnation and engine.address:
                 assert engine.version >= 0, "actors are given an engine with unverified weights"
         self.pools.append(tuple(endpoints))
+        self.live_when_told.append(self.admission.live_version)
+        self.while_told()
+        await asyncio.sleep(0)
 
     async def _changed(self) -> None:
         self._reports.set()
@@ -217,6 +226,51 @@ async def test_live_version_is_the_smallest_of_the_pool_and_a_dead_engine_does_n
     await bench.until(lambda: bench.admission.live_version == 1)
     assert bench.pools[-1] == (Endpoint("engine 0", 1),)
     assert "engine 1" not in bench.learner.pairs, "its sender is given up"
+
+
+@bench_test
+async def test_actors_know_a_named_version_before_it_is_live(bench):
+    for engine in bench.engines.values():
+        engine.named = True
+    await bench.until_all_play()
+    bench.learner.step()
+    for engine in bench.engines.values():
+        engine.load()
+    await bench.until(lambda: bench.admission.live_version == 1)
+    assert set(bench.pools[-1]) == {Endpoint(name, 1, 1) for name in NAMES}
+    assert bench.live_when_told[-1] == 0, "told first, counted then"
+
+
+@bench_test
+async def test_versions_that_replies_carry_are_not_announced(bench):
+    await bench.until_all_play()
+    told = len(bench.pools)
+    bench.learner.step()
+    for engine in bench.engines.values():
+        engine.load()
+    await bench.until(lambda: bench.admission.live_version == 1)
+    assert len(bench.pools) == told
+
+
+@bench_test
+async def test_an_engine_withdrawn_while_its_version_is_announced_is_not_counted(bench):
+    for engine in bench.engines.values():
+        engine.named = True
+    await bench.until_all_play()
+
+    def withdraw():
+        # As ``withdrawn`` does before its first wait.
+        bench.while_told = lambda: None
+        member = bench.fleet._members["engine 0"]
+        member.pinned, member.in_pool = True, False
+        bench.admission.engine_left("engine 0")
+
+    bench.learner.step()
+    bench.while_told = withdraw
+    bench.engines["engine 0"].load()
+    await bench.until(lambda: "engine 0" not in bench.fleet.pool)
+    await bench.until(lambda: not bench.engines["engine 0"].news.is_set())
+    assert bench.fleet.pool == ("engine 1",) and bench.admission.live_version == 0
 
 
 @bench_test

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 import pytest
 
+from skyrl_async.coordination.engine_fleet import EngineReport
 from skyrl_async.coordination.run_metrics import Progress, RunMetrics
 from skyrl_async.coordination.staleness import StalenessCost
 from skyrl_async.metrics.names import find
@@ -105,7 +106,7 @@ def report(*groups: TrajectoryGroup | DroppedGroup, **counts: float) -> RolloutR
     return RolloutReport(
         engine_version=1,
         groups=groups,
-        seconds={"engine": 3.0, "episodes": 1.0, "idle": 0.0},
+        seconds={"generate": 3.0, "environment": 1.0, "wait_group": 0.0},
         engine_seconds={"generate": 2.0, "swap": 1.0, "wait_episodes": 1.0, "idle": 0.0},
         counts=counts,
         maxima={"longest_gap_s": 0.5, "longest_gap_decode_steps": 3.0},
@@ -156,9 +157,9 @@ def test_a_step_writes_the_names_of_the_table_with_their_values(world):
         "throughput/generated_tokens_per_s": 10.0,
         "throughput/trained_tokens_per_s": 0.8,
         "throughput/trajectories_per_s": 0.4,
-        "idle/actor/engine_fraction": 0.75,
-        "idle/actor/episodes_fraction": 0.25,
-        "idle/actor/idle_fraction": 0.0,
+        "idle/actor/generate_fraction": 0.75,
+        "idle/actor/environment_fraction": 0.25,
+        "idle/actor/wait_group_fraction": 0.0,
         "idle/engine/generate_fraction": 0.5,
         "idle/engine/swap_fraction": 0.25,
         "idle/engine/wait_episodes_fraction": 0.25,
@@ -312,6 +313,10 @@ def test_summary_holds_the_totals_of_the_run(world):
         "dropped": {},
         "guard_actions": {},
         "failed_members": {},
+        "idle": {
+            "actor": {"generate": 0.75, "environment": 0.25, "wait_group": 0.0},
+            "engine": {"generate": 0.5, "swap": 0.25, "wait_episodes": 0.25, "idle": 0.0},
+        },
     }
 
 
@@ -377,3 +382,22 @@ def test_seconds_of_a_checkpoint_are_written_once(world):
     assert world.step(group(1.0), staleness={0: 1})["checkpoint/save_s"] == 0.25
     assert "checkpoint/save_s" not in world.step(group(1.0), staleness={0: 1})
     assert find("checkpoint/save_s") is not None
+
+
+def test_swaps_of_servers_are_taken_from_the_time_in_which_clients_saw_them_busy(world):
+    def served(generate: float, idle: float) -> RolloutReport:
+        seconds = {"generate": generate, "swap": 0.0, "wait_episodes": 0.0, "idle": idle}
+        return RolloutReport(engine_version=1, groups=(), engine_seconds=seconds)
+
+    # Two actors see the time of all four engines, of which one stood still for 4 s.
+    stalled = EngineReport(
+        endpoint=None, incarnation=0, connected=True, policy_version=1, counts={"stall_s": 4.0}
+    )
+    world.metrics.engine_report(stalled, share=2 / 4)
+    world.metrics.rollout_report(served(1.5, 8.5))
+    world.metrics.rollout_report(served(10.0, 0.0))
+    row = world.step(group(1.0), staleness={0: 1})
+
+    parts = {part: row[f"idle/engine/{part}_fraction"] for part in ("generate", "swap", "idle")}
+    assert parts == pytest.approx({"generate": 9.5 / 20, "swap": 2 / 20, "idle": 8.5 / 20})
+    assert row["sync/stall_s"] == 4.0

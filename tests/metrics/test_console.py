@@ -106,6 +106,7 @@ def test_finish_says_how_it_ended_and_where_to_look(clock, tmp_path):
     sink, file = _plain(clock)
     run_dir = tmp_path / "my run"
     (run_dir / "tensorboard").mkdir(parents=True)
+    (run_dir / "trace").mkdir()
     summary = {
         "status": "finished",
         "steps": 100,
@@ -115,13 +116,16 @@ def test_finish_says_how_it_ended_and_where_to_look(clock, tmp_path):
         "staleness_observed_max": 2,
         "staleness_configured_max": 2,
         "dropped": {"stale": 3, "shutdown": 0},
+        "largest_waste": {"text": "the learner waits"},
     }
     sink.finish(summary, run_dir=run_dir)
     assert file.getvalue().splitlines() == [
         "finished after 100 steps in 1:52, reward 0.967, staleness at most 2 (bound 2), "
         "dropped 3 stale",
+        "largest waste  the learner waits",
         f"run folder   '{run_dir}'",
         f"TensorBoard  tensorboard --logdir '{run_dir}'",
+        f"timeline     python -m skyrl_async.timeline '{run_dir}'",
     ]
 
 

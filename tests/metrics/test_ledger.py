@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skyrl_async.metrics.ledger import TimeLedger, fractions
+from skyrl_async.metrics.ledger import PartTotals, TimeLedger, fractions
 
 
 class FakeClock:
@@ -114,3 +114,60 @@ def test_parts_must_be_different_names(parts):
 
 def test_no_time_has_no_fractions():
     assert fractions({"a": 0.0}) == {}
+
+
+class ListLane:
+    """Keeps spans as name, start and end."""
+
+    def __init__(self):
+        self.spans = []
+
+    def span(self, name, start_s, end_s, args=None):
+        self.spans.append((name, start_s, end_s))
+
+
+def test_parts_and_details_are_spans_of_the_lane(clock):
+    lane = ListLane()
+    ledger = TimeLedger("learner", parts=("wait", "train", "step"), clock=clock, lane=lane)
+    clock.advance(1)
+    with ledger.part("train"):
+        assert ledger.since_s == 101
+        clock.advance(2)
+        with ledger.detail("forward"):
+            clock.advance(3)
+        ledger.take()  # an interval may end anywhere without cutting the span
+        with ledger.part("train"), ledger.part("step"):
+            clock.advance(4)
+    assert lane.spans == [
+        ("wait", 100, 101),
+        ("forward", 103, 106),
+        ("train", 101, 106),
+        ("step", 106, 110),
+        ("train", 110, 110),
+    ]
+    assert ledger.take() == {"wait": 0, "train": 0, "step": 4}
+
+
+def test_totals_count_from_the_first_step_to_the_last():
+    totals = PartTotals()
+    totals.add("learner", {"wait": 100, "train": 1})
+    totals.end_step()
+    assert totals.fractions() == {}
+    totals.add("learner", {"wait": 1, "train": 2})
+    totals.add("actor", {"generate": 3})
+    totals.add("actor", {"generate": 0, "other": 1})
+    totals.end_step()
+    totals.add("learner", {"wait": 50})
+
+    expected = {
+        "learner": {"wait": 1 / 3, "train": 2 / 3},
+        "actor": {"generate": 0.75, "other": 0.25},
+    }
+    assert totals.fractions() == expected
+
+    later = PartTotals()
+    later.restore(totals.state())
+    assert later.fractions() == expected
+    later.add("learner", {"wait": 3})
+    later.end_step()
+    assert later.fractions()["learner"] == {"wait": 4 / 6, "train": 2 / 6}

@@ -20,7 +20,10 @@ from skyrl_async.rollout.endpoint import EngineEndpoint
 
 VOCAB_SIZE = 1000
 
-BODY_KEYS = {"rid", "input_ids", "sampling_params", "return_logprob", "stream", "extra_key"}
+BODY_KEYS = {
+    *("rid", "input_ids", "sampling_params", "return_logprob", "stream", "extra_key"),
+    "lora_path",
+}
 SAMPLING_KEYS = {
     *("max_new_tokens", "temperature", "top_p", "top_k", "stop_token_ids", "ignore_eos"),
     "stream_interval",
@@ -53,12 +56,13 @@ class Fault:
     cut: the connection of this reply is lost.
     stall: nothing comes until ``go_on`` is set.
     swap: the weights get the version ``value``.
+    adapter: the adapter ``value`` is loaded, and all others are unloaded.
     abort: the server aborts the reply; error: the reply ends with the status ``value``.
     nan: the token has no logprob.
     """
 
     at: int
-    kind: Literal["die", "cut", "stall", "swap", "abort", "error", "nan"]
+    kind: Literal["die", "cut", "stall", "swap", "adapter", "abort", "error", "nan"]
     value: Any = None
 
 
@@ -89,6 +93,7 @@ class FakeSglang:
         answering: while not set, it answers nothing, like a stopped process.
         running: while not set, it generates nothing, like a server that loads weights.
         go_on: ends a stall, which has set ``stalled``.
+        adapters: names of those loaded; None for a server that serves none.
     """
 
     def __init__(
@@ -100,7 +105,9 @@ class FakeSglang:
         api_key: str | None = None,
         may_abort: bool = True,
         context_length: int = 512,
+        adapters: list[str] | None = None,
     ) -> None:
+        self.adapters = adapters
         self.version = version
         self.server_version = server_version
         self.incremental = incremental
@@ -139,6 +146,7 @@ class FakeSglang:
         app.router.add_post("/generate", self._generate)
         app.router.add_post("/abort_request", self._abort)
         app.router.add_get("/model_info", self._model_info)
+        app.router.add_get("/v1/models", self._models)
         app.router.add_get("/v1/loads", self._loads)
         app.router.add_get("/server_info", self._server_info)
         app.router.add_get("/health_generate", self._health)
@@ -183,6 +191,10 @@ class FakeSglang:
     async def _model_info(self, request: web.Request) -> web.Response:
         return web.json_response({"weight_version": self.version})
 
+    async def _models(self, request: web.Request) -> web.Response:
+        names = ["the/model", *(self.adapters or ())]
+        return web.json_response({"object": "list", "data": [{"id": name} for name in names]})
+
     async def _server_info(self, request: web.Request) -> web.Response:
         await self.running.wait()
         return web.json_response(
@@ -224,6 +236,11 @@ class FakeSglang:
         if not all(0 <= token_id < VOCAB_SIZE for token_id in body["input_ids"]):
             await self.die()
             raise AssertionError("a token id outside the vocabulary")
+        if (adapter := body.get("lora_path")) is not None:
+            assert self.adapters is not None, "LoRA is not enabled"
+            if adapter not in self.adapters:
+                text = f"Got LoRA adapter that has never been loaded: {adapter}"
+                return web.json_response({"error": {"message": text}}, status=400)
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
         sampling = body["sampling_params"]
@@ -287,6 +304,8 @@ class FakeSglang:
                 await self.go_on.wait()
             elif fault.kind == "swap":
                 self.version = fault.value
+            elif fault.kind == "adapter":
+                self.adapters = [fault.value]
             elif fault.kind == "nan":
                 live.logprobs.append(None)
             elif fault.kind == "abort":

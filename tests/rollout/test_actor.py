@@ -13,6 +13,7 @@ from skyrl_async.rollout.actor import RolloutActor, RolloutSettings
 from skyrl_async.rollout.chat import Chat
 from skyrl_async.rollout.embedded_engine import EmbeddedEngine
 from skyrl_async.rollout.episode import EpisodeLimits
+from skyrl_async.rollout.slots import PARTS
 from skyrl_async.types import (
     Assignment,
     DroppedGroup,
@@ -217,15 +218,24 @@ def test_swap_wakes_a_poll_that_reports_the_new_version():
     run(body)
 
 
-def test_report_says_where_the_time_of_engine_and_actor_went():
+def test_report_says_where_the_time_of_engine_and_slots_went():
+    clock = FakeClock()
+
+    async def think(call):
+        clock.now += 3
+
     async def body(start):
-        actor = start(make_actor(FakeEngine(lambda call: [EIGHT, STOP]), FakeSessions(one_turn)))
+        engine = FakeEngine(lambda call: [EIGHT, STOP], before_reply=think)
+        actor = start(make_actor(engine, FakeSessions(one_turn), clock=clock))
         actor.submit(assignments(0))
         return await actor.poll(wait_s=LONG_S)
 
+    started_s = clock.now
     report = run(body)
 
-    assert report.seconds == {"engine": 2.0, "episodes": 1.0, "idle": 1.0}
+    assert sum(report.seconds.values()) == 2 * (clock.now - started_s) == 2 * 2 * 3
+    assert report.seconds["generate"] >= 2 * 3 and report.seconds["wait_admission"] == 0
+    assert report.seconds.keys() == set(PARTS)
     assert report.engine_seconds == {
         "generate": 1.75,
         "swap": 0.25,

@@ -87,7 +87,7 @@ def test_the_meter_charges_every_second_to_one_part():
         wait(away_s)
     meter.work_starts()
     wait(0.5)
-    meter.swap_ends()
+    meter.swap_ends(1)
     meter.becomes_idle()
     wait(7)
     stats = meter.take(running=2, waiting=1)

@@ -14,6 +14,7 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from skyrl_async.rollout import engine_guard, engine_process
 from skyrl_async.rollout.engine_guard import ServerLog
 from skyrl_async.rollout.engine_launch import (
     FAST_START_FILE,
+    ServedAdapters,
     check_version,
     server_command,
     server_environment,
@@ -350,7 +352,41 @@ def test_interpreter_without_sglang_and_missing_interpreter_are_refused(tmp_path
     assert str(tmp_path / "nowhere") in message and "No such file" in message
 
 
+def test_a_server_of_adapters_needs_a_version_that_unloads_them(tmp_path):
+    adapters = ServedAdapters(rank=4, target_modules=("q_proj",), num_slots=4)
+    old = fake_python(tmp_path / "old", version="0.5.22")
+    plain = fake_settings(tmp_path, python=old)
+    assert run_async(lambda: check_version(plain)) == "0.5.22"
+    with pytest.raises(EngineStartError, match=r"lora.publish=adapter at least 0\.5\.23 is needed"):
+        run_async(lambda: check_version(replace(plain, adapters=adapters)))
+    new = fake_settings(tmp_path, python=fake_python(tmp_path / "new", version="0.5.23"))
+    assert run_async(lambda: check_version(replace(new, adapters=adapters))) == "0.5.23"
+
+
 # --- settings
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_server_is_told_which_adapters_it_will_be_given(tmp_path, device):
+    adapters = ServedAdapters(rank=4, target_modules=("o_proj", "q_proj"), num_slots=6)
+    extra = ("--tp-size", "1")
+    settings = fake_settings(tmp_path, device=device, adapters=adapters, extra_args=extra)
+    command = " ".join(server_command(settings, port=7))
+    told = (
+        "--enable-lora --max-lora-rank 4 --lora-target-modules o_proj q_proj "
+        "--max-loras-per-batch 6"
+    )
+    on_cpu = " --lora-backend torch_native" if device == "cpu" else ""
+    assert command.endswith(f"{told}{on_cpu} --tp-size 1")
+    plain = server_command(replace(settings, adapters=None), port=7)
+    assert not any("lora" in word for word in plain)
+
+
+@pytest.mark.parametrize("change", [{"rank": 0}, {"num_slots": 0}, {"target_modules": ()}])
+def test_adapters_without_rank_slots_or_layers_are_refused(change):
+    values = {"rank": 4, "target_modules": ("q_proj",), "num_slots": 4, **change}
+    with pytest.raises(ValueError, match="must be >= 1"):
+        ServedAdapters(**values)
 
 
 @pytest.mark.parametrize(
@@ -369,6 +405,8 @@ def test_interpreter_without_sglang_and_missing_interpreter_are_refused(tmp_path
         ({"extra_args": ("--hos", "0.0.0.0")}, "--host is set by"),
         ({"extra_args": ("--config", "x.yaml")}, "--config is set by"),
         ({"extra_args": ("--grpc-port", "1")}, "only plain HTTP with keys"),
+        ({"extra_args": ("--enable-lora",)}, "--enable-lora is set by"),
+        ({"extra_args": ("--max-lora-rank", "64")}, "--max-lora-rank is set by"),
         ({"extra_args": (3,)}, "extra_args must be strings, got 3"),
     ],
 )

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from skyrl_async.timeline.arrows import arrows
+from skyrl_async.timeline.reader import read_trace
 from tests.runtime.launch import (
     ROOT,
     finish,
@@ -49,7 +51,8 @@ def test_the_whole_loop_learns_asynchronously(tmp_path: Path):
 
 def test_a_run_leaves_what_it_promises(tmp_path: Path):
     folder = tmp_path / "run"
-    summary = run_here(folder, "run.steps=3", "seed=5", "evaluation.every_steps=2")
+    samples = ("logging.samples_every_steps=2", "logging.samples_per_step=2")
+    summary = run_here(folder, "run.steps=3", "seed=5", "evaluation.every_steps=2", *samples)
     assert summary["exit_code"] == 0
     for name in (
         *("status", "steps", "seconds", "startup_seconds", "reward_final", "eval_reward_final"),
@@ -77,7 +80,16 @@ def test_a_run_leaves_what_it_promises(tmp_path: Path):
         assert any(name in row for row in rows), name
     assert yaml.safe_load((folder / "config.yaml").read_text())["seed"] == 5
     assert (folder / "run.log").exists()
+    assert '"status":"finished"' in (folder / "report.html").read_text()
+    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert {sample["train_version"] for sample in samples} == {0, 2}
+    assert len(samples) == 2 * 2
     assert list((folder / "tensorboard").iterdir())
+
+    assert set(summary["idle"]) == {"learner", "engine", "actor"}
+    assert all(sum(s.values()) == pytest.approx(1) for s in summary["idle"].values())
+    assert summary["largest_waste"] is None or summary["largest_waste"]["knob"]
+    check_timeline(folder)
 
     evaluated = subprocess.run(
         [
@@ -96,6 +108,21 @@ def test_a_run_leaves_what_it_promises(tmp_path: Path):
     assert result["num_tasks"] == 4
 
 
+def check_timeline(folder: Path) -> None:
+    """Assert that every role of a run of three steps is on its timeline."""
+    trace = read_trace(folder)
+    names = {lane.role: {span.name for span in lane.spans} for lane in trace.lanes}
+    parts = {"wait", "prepare", "train", "step", "snapshot", "forward", "backward"}
+    assert parts < names["learner"] and {"decode", "swap"} <= names["engine"]
+    assert names["publisher"] == {"transfer"} and "decode" in names["evaluation"]
+    slots = [lane for lane in trace.lanes if lane.role == "slot"]
+    assert len(slots) == 16 and all(lane.process == "rollout actor 0" for lane in slots)
+    played = {span.name for lane in slots for span in lane.spans}
+    assert {"generate", "environment", "wait_group"} <= played
+    ways = [(a.policy_version, len(a.stops)) for a in arrows(trace)]
+    assert ways == [(1, 3), (2, 3), (3, 3)]
+
+
 def test_synchronous_training_is_repeatable_over_any_transport(tmp_path: Path):
     """K = 0 leaves nothing to chance: a second run, and another transport, give equal numbers."""
     values = {}
@@ -107,8 +134,10 @@ def test_synchronous_training_is_repeatable_over_any_transport(tmp_path: Path):
             "staleness.max=0",
             f"weight_sync.transport={transport}",
             "logging.tensorboard=false",
+            f"logging.trace={str(name == 'a').lower()}",
         )
         assert summary["exit_code"] == 0
+        assert (folder / "trace").exists() == (name == "a")
         names = ("reward/mean", "loss/policy", "policy/grad_norm", "learner/loss_tokens")
         values[name] = [[row[n] for n in names] for row in metrics_of(folder)]
         assert all(row["staleness/max"] == 0 for row in metrics_of(folder))

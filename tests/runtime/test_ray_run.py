@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from skyrl_async.timeline.arrows import arrows
+from skyrl_async.timeline.reader import read_trace
 from tests.runtime.launch import (
     finish,
     metrics_of,
@@ -54,6 +56,11 @@ def test_two_actors_and_two_ranks_train_and_leave_no_process(tmp_path: Path):
     assert set(summary["workers"]) == {
         *("learner 0", "learner 1", "rollout actor 0", "rollout actor 1")
     }
+    trace = read_trace(folder)
+    assert {lane.process for lane in trace.lanes} == set(summary["workers"])
+    ways = {(a.policy_version, a.engine) for a in arrows(trace) if len(a.stops) == 3}
+    # Publishing is newest-wins, and the last version may come after the last look at it.
+    assert {engine for _, engine in ways} == {"rollout actor 0", "rollout actor 1"}
     wait_until(lambda: not ray_processes(folder), timeout_s=10, what="all processes ended")
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from skyrl_async.timeline.arrows import arrows
+from skyrl_async.timeline.reader import read_trace
 from tests.runtime.launch import (
     finish,
     metrics_of,
@@ -85,6 +87,12 @@ def test_trains_under_ray_with_every_version_verified_and_leaves_no_process(
         m["offpolicy/mismatch_kl"] for m in metrics_of(folder) if "offpolicy/mismatch_kl" in m
     ]
     assert mismatch and max(map(abs, mismatch)) < 1e-6, "float32 on both sides"
+    names: dict[str, set[str]] = {}
+    trace = read_trace(folder)
+    for lane in trace.lanes:
+        names.setdefault(lane.process, set()).update(span.name for span in lane.spans)
+    assert {"load", "swap"} <= names["engine 0"] and "decode" in names["rollout actor 0"]
+    assert any(len(arrow.stops) == 3 for arrow in arrows(trace))
     wait_until(lambda: not processes_of(folder), timeout_s=15, what="all processes ended")
 
 
