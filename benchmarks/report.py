@@ -62,7 +62,9 @@ def finish(
 
 def _command() -> str:
     """Return what repeats this, without where the result went and with interpreters unnamed."""
-    words = [f"benchmarks/{Path(sys.argv[0]).name}"]
+    script = Path(sys.argv[0]).resolve()
+    root = Path(__file__).resolve().parents[1]
+    words = [str(script.relative_to(root)) if script.is_relative_to(root) else script.name]
     arguments = iter(sys.argv[1:])
     for word in arguments:
         name, _, value = word.partition("=")

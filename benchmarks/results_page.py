@@ -130,6 +130,15 @@ CLAIMS = (
         figure=lambda r: _joined([row["ratio_to_bare"]["pool"] for row in r["rows"]], 2),
     ),
     Claim(
+        text="SGLang: bytes of a published adapter of rank 16 over merged weights; stall, KV kept",
+        source="sglang_adapters",
+        figure=lambda r: (
+            f"{r['bytes_ratio']['200']:.3f}; "
+            f"{1000 * r['stall_s']['200']['folder keep']:.0f} ms against "
+            f"{1000 * r['stall_s']['200']['merged keep']:.0f} ms"
+        ),
+    ),
+    Claim(
         text="Learner, heavy-tailed lengths: packed over padded tokens/s; memory",
         source="learner_throughput",
         figure=lambda r: f"{r['packed_speedup']:.1f} x; {r['packed_memory_ratio']:.2f} x",
@@ -162,6 +171,52 @@ CLAIMS = (
         ),
     ),
     Claim(
+        text="Simulated engines and learner, two actors, Ray: asynchronous over synchronous; one "
+        "step off over synchronous",
+        source="throughput",
+        figure=lambda r: (
+            f"{r['speedup']['2 actors, ray']['asynchronous']:.1f} x; "
+            f"{r['speedup']['2 actors, ray']['one step off']:.1f} x"
+        ),
+    ),
+    Claim(
+        text="CPU time of our own code for one trajectory: 10, 100 and 1,000 concurrent",
+        source="throughput",
+        figure=lambda r: f"{_joined(r['machinery_us_per_trajectory'])} µs",
+    ),
+    Claim(
+        text="Timeline: cost of an event; of all events of the default run",
+        source="timeline_overhead",
+        figure=lambda r: f"{r['us_per_event']:.2f} µs; {100 * r['core_fraction']:.2f} % of a core",
+    ),
+    Claim(
+        text="Report of a 10,000-step run: drawn in Chromium; size; network requests. Live page",
+        source="report_page",
+        figure=lambda r: (
+            f"{r['report_drawn_s']:.2f} s; {r['report_kb']:.0f} kB; {r['requests']}. "
+            f"{r['live_drawn_s']:.2f} s"
+        ),
+    ),
+    Claim(
+        text="Replay buffer through Ray, 1,024-token trajectories/s: ours; TorchRL, TransferQueue "
+        "in the better of two chunk sizes",
+        source="replay_buffer",
+        figure=lambda r: (
+            f"{r['trajectories_per_s']:.0f}; "
+            f"{r['trajectories_per_s'] / r['torchrl_ratio']:.0f}; "
+            f"{r['trajectories_per_s'] / r['transferqueue_ratio']:.0f}"
+        ),
+    ),
+    Claim(
+        text="Beside TRL's synchronous trainer on one task, trajectories/s (its asynchronous one "
+        "does not run without a GPU)",
+        source="peers",
+        figure=lambda r: (
+            f"{r['rows']['ours']['trajectories_per_s']:.0f} against "
+            f"{r['rows']['TRL GRPOTrainer']['trajectories_per_s']:.0f}"
+        ),
+    ),
+    Claim(
         text="Collapsing runs: greedy reward without the collapse guard; with it",
         source="collapse_guard",
         figure=lambda r: (
@@ -182,8 +237,7 @@ def page(results: Path = RESULTS) -> str:
     misses, hardware = [], []
     for claim in CLAIMS:
         result = json.loads((results / f"{claim.source}.json").read_text())
-        commit = result["commit"].removesuffix("-dirty")
-        link = f"[{commit}](../benchmarks/results/{claim.source}.json)"
+        link = f"[{result['commit']}](../benchmarks/results/{claim.source}.json)"
         rows.append(
             f"| {claim.text} | {claim.figure(result)} | `{result['command']}` | {link} | "
             f"{result['date']} |"
@@ -198,7 +252,7 @@ def page(results: Path = RESULTS) -> str:
             "[benchmarks/results](../benchmarks/results), which the commands wrote. Measured on "
             f"{'; '.join(dict.fromkeys(hardware))}, without a GPU. The machine was shared, so "
             "figures that are compared come from one run. The commit is the one that was checked "
-            "out.",
+            "out; `dirty` means that some files were newer.",
             "",
             *rows,
             "",

@@ -190,7 +190,7 @@ def summary(
     if mean_us > MAX_US_PER_EVENT:
         misses.append(f"{mean_us:.2f} us per event, at most {MAX_US_PER_EVENT} wanted")
     figures = {
-        "command": run.command,
+        "run": run.command,
         "rows": rows,
         "us_per_event": round(mean_us, 3),
         "events_per_s": round(total, 1),

@@ -17,7 +17,8 @@ COMPONENTS = (
 ALONE = ("types", "config", "metrics.values")
 CONFIG_PARTS = {
     *("config_section", "config_algorithm", "config_distillation", "config_engine"),
-    *("config_lab", "config_logging", "config_lora", "config_learner", "config_optimizer", "config_sft"),
+    *("config_lab", "config_logging", "config_lora", "config_learner", "config_optimizer"),
+    "config_sft",
     *("config_simulate", "distribution"),
 }
 """The configuration is several files, which import only each other."""
@@ -33,7 +34,8 @@ ALLOWED = {
 ALLOWED["lab"] = {"types", "rollout"}  # wrappers around the parts of a rollout
 ALLOWED["rollout"] |= {"environments.base"}
 ALLOWED["learner"] |= {"algorithms"}  # advantages and losses are pure functions on tensors
-ALLOWED["coordination"] |= {"metrics.recorder", "metrics.ledger"}  # where the run's metrics are recorded
+# Where the run's metrics are recorded.
+ALLOWED["coordination"] |= {"metrics.recorder", "metrics.ledger"}
 for _folder in ("rollout", "learner", "weight_sync", "coordination"):
     ALLOWED[_folder] |= {"metrics.trace"}  # where they say what they do, for the timeline
 ALLOWED["environments"] |= {"distribution"}  # how slow a tool is

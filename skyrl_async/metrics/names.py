@@ -43,9 +43,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("reward/trained_mean", "", "mean of the trained groups", "train", "reward"),
     Metric("eval/reward_mean", "", "mean on held-out tasks, greedy", "train", "reward"),
     Metric("reward/std", "", "standard deviation of the same", "train", "reward spread"),
-    Metric(
-        "rollout/generated_tokens_mean", "tokens", "sampled in a trajectory", "train", "length"
-    ),
+    Metric("rollout/generated_tokens_mean", "tokens", "sampled in a trajectory", "train", "length"),
     Metric("rollout/turns_mean", "", "replies in a trajectory", "train", "turns"),
     Metric("loss/policy", "", "policy loss", "train", "policy loss"),
     Metric("loss/value", "", "value loss", "train", "value loss"),

@@ -110,6 +110,8 @@ def test_a_live_page_goes_on_with_the_run(driver, tmp_path: Path):
     assert driver.title == "number_guess: finished"
     run = driver.execute_script
     assert run("return document.documentElement.dataset.polled") == "35"
+    line = "document.querySelector('#learning .card svg path[fill=none]').getAttribute('d')"
+    assert len(re.findall("[ML]", run(f"return {line}"))) == 35
     assert run("return document.querySelectorAll('.sample').length") > 0
     server.close()
 
