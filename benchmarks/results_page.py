@@ -48,6 +48,10 @@ def _joined(values: list[Any], digits: int = 0) -> str:
     return ", ".join(f"{value:.{digits}f}" for value in values)
 
 
+def _largest(errors: Mapping[str, float]) -> float:
+    return max(abs(error) for error in errors.values())
+
+
 def _worst_deviation(result: Result, kind: str) -> float:
     rows = [row for row in result["swaps"] if row["kv_after_swap"] == kind]
     return max(row["logprob_deviation_max"] for row in rows)
@@ -177,6 +181,14 @@ CLAIMS = (
         figure=lambda r: (
             f"{r['speedup']['2 actors, ray']['asynchronous']:.1f} x; "
             f"{r['speedup']['2 actors, ray']['one step off']:.1f} x"
+        ),
+    ),
+    Claim(
+        text="Planner against six runs, three repeats each: largest error of trajectories/s; of mean "
+        "staleness",
+        source="planner",
+        figure=lambda r: (
+            f"{100 * _largest(r['throughput_error']):.1f} %; {_largest(r['staleness_error']):.2f}"
         ),
     ),
     Claim(

@@ -15,30 +15,27 @@ from skyrl_async.checkpoint import read_run_state
 from skyrl_async.checkpoint_writer import CheckpointWriter, StatefulLearner
 from skyrl_async.config import Config
 from skyrl_async.config_loading import dump_config
-from skyrl_async.coordination.admission import Admission
-from skyrl_async.coordination.coordinator import (
-    Coordinator,
-    CoordinatorSettings,
-)
+from skyrl_async.coordination.coordinator import Coordinator
 from skyrl_async.coordination.engine_fleet import EngineWorker
 from skyrl_async.coordination.filters import FilterSettings
-from skyrl_async.coordination.guard import CollapseGuard, GuardSettings
-from skyrl_async.coordination.ledger import GroupLedger
 from skyrl_async.coordination.run_metrics import RunMetrics
 from skyrl_async.coordination.run_state import RunState
-from skyrl_async.coordination.staleness import StalenessRule
 from skyrl_async.coordination.workers import LearnerGroup, RolloutWorker
 from skyrl_async.environments.tasks import TaskSource, heldout_tasks
 from skyrl_async.metrics.console import ConsoleSink
 from skyrl_async.metrics.recorder import Recorder, Sink
 from skyrl_async.metrics.sinks import JsonlSink, TensorBoardSink
 from skyrl_async.metrics.trackers import Status, TrackerSink, end_trackers, start_trackers
-from skyrl_async.metrics.waste import WasteFacts, largest_waste
-from skyrl_async.replay.buffer import ReplayBuffer
-from skyrl_async.replay.selectors import fifo, uniform
+from skyrl_async.metrics.waste import largest_waste
 from skyrl_async.report.writing import write_report_in_time
 from skyrl_async.resume import Resume
 from skyrl_async.run_folder import RunFolder
+from skyrl_async.runtime.coordinator_build import (
+    coordinator_settings,
+    make_guard,
+    make_ledger,
+    waste_facts,
+)
 from skyrl_async.types import EvaluationResult
 
 if TYPE_CHECKING:
@@ -231,15 +228,15 @@ class _Run:
             tasks.restore(start.tasks)
         return Coordinator(
             tasks=tasks,
-            groups=_make_ledger(config, start),
+            groups=make_ledger(config, start),
             rollouts=runtime.rollouts,
             learner=runtime.learner,
             metrics=self._metrics,
-            settings=_coordinator_settings(config),
+            settings=coordinator_settings(config),
             clock=time.monotonic,
             engines=runtime.engines,
             filters=FilterSettings(**config.filters.model_dump()),
-            guard=_make_guard(config, start),
+            guard=make_guard(config, start),
             checkpoints=_make_writer(config, self._folder, runtime.learner, self._metrics),
             start=start,
         )
@@ -289,7 +286,7 @@ class _Run:
         summary["total_seconds"] = time.monotonic() - self._started_s
         summary["staleness_configured_max"] = self._config.staleness.max
         summary["seed"] = self._config.seed
-        waste = largest_waste(summary.get("idle", {}), _waste_facts(self._config))
+        waste = largest_waste(summary.get("idle", {}), waste_facts(self._config))
         summary["largest_waste"] = None if waste is None else waste.to_json()
         lag = self._config.lab.exact_lag
         if lag is not None:
@@ -322,14 +319,6 @@ class _Run:
         return end_trackers(self._trackers, status=status, timeout_s=timeout_s)
 
 
-def _waste_facts(config: Config) -> WasteFacts:
-    return WasteFacts(
-        engine_kind=config.engine.kind,
-        staleness_max=config.staleness.max,
-        kv_after_swap=config.engine.kv_after_swap,
-    )
-
-
 def _make_runtime(config: Config, folder: RunFolder) -> Runtime:
     if config.runtime == "local":
         from skyrl_async.runtime.local import LocalRuntime
@@ -358,59 +347,4 @@ def _make_writer(
         config=dump_config(config),
         keep=config.checkpoint.keep,
         on_written=metrics.checkpoint_written,
-    )
-
-
-def _make_ledger(config: Config, start: RunState) -> GroupLedger:
-    batch, bound, replay = config.learner.groups_per_step, config.staleness, config.replay
-    rule = StalenessRule(name=bound.rule, max_staleness=bound.max, groups_per_step=batch)
-    lag = config.lab.exact_lag
-    return GroupLedger(
-        rule=rule,
-        admission=Admission(
-            groups_per_step=batch,
-            # With an exact lag a batch is played, trained and published before the next one begins.
-            max_staleness=bound.max if lag is None else 0,
-            publishing_lag=lag or 0,
-            largest_group_bytes=config.largest_group_bytes,
-            capacity_bytes=replay.capacity_bytes,
-            capacity_groups=replay.capacity_groups,
-            max_times_sampled=replay.max_times_sampled,
-            live_version=start.policy_version,
-        ),
-        buffer=ReplayBuffer(
-            groups_per_step=batch,
-            rule=rule,
-            selector=fifo if replay.selector == "fifo" else uniform(config.seed + start.step),
-            max_times_sampled=replay.max_times_sampled,
-        ),
-        state=start.ledger_state() if start.groups else None,
-    )
-
-
-def _make_guard(config: Config, start: RunState) -> CollapseGuard | None:
-    values = config.guard.model_dump()
-    if not values.pop("enabled"):
-        return None
-    guard = CollapseGuard(GuardSettings(**values))
-    if start.guard is not None:
-        guard.restore(start.guard)
-    return guard
-
-
-def _coordinator_settings(config: Config) -> CoordinatorSettings:
-    evaluation, environment = config.evaluation, config.environment
-    return CoordinatorSettings(
-        steps=config.run.steps,
-        max_seconds=config.run.max_seconds,
-        stop_at_eval_reward=config.run.stop_at_eval_reward,
-        evaluation_every_steps=evaluation.every_steps,
-        evaluation_tasks=heldout_tasks(environment.name, evaluation.num_tasks),
-        max_groups_per_actor=config.rollout.max_groups_per_actor,
-        step_timeout_s=config.learner.step_timeout_s,
-        publishes_late=bool(config.lab.exact_lag),
-        stall_timeout_s=2 * environment.episode_timeout_s + config.weight_sync.timeout_s,
-        evaluation_timeout_s=evaluation.timeout_s,
-        checkpoint_every_steps=config.checkpoint.every_steps,
-        checkpoint_timeout_s=config.checkpoint.timeout_s,
     )

@@ -41,6 +41,8 @@ for _folder in ("rollout", "learner", "weight_sync", "coordination"):
 ALLOWED["environments"] |= {"distribution"}  # how slow a tool is
 ALLOWED["simulate"] = {"types", "distribution", "rollout", "metrics.trace"}
 ALLOWED["simulate"] |= {"learner.training_state"}  # a simulated learner has checkpoints too
+ALLOWED["plan"] = {"types", "config", "config_loading", "distribution", "coordination", "replay"}
+ALLOWED["plan"] |= {"simulate.step_times", "simulate.virtual_engine", "timeline.reader"}
 ALLOWED["timeline"] = {"types", "metrics"}
 ALLOWED["report"] = {"types", "config_keys", "metrics", "timeline", "sweep"}
 ALLOWED["report"] |= {"checkpoint", "run_folder"}  # it reads what runs leave behind
@@ -130,6 +132,7 @@ def test_every_module_of_coordination_loads_without_heavy_libraries():
     [
         "skyrl_async",
         "skyrl_async.config_loading",
+        "skyrl_async.plan.command",
         "skyrl_async.preflight",
         "skyrl_async.run_folder",
         "skyrl_async.sweep.runner",

@@ -67,6 +67,14 @@ def test_a_swap_stalls_and_recomputes_the_contexts_of_running_sequences():
     assert engine.take_totals().reprefilled_tokens == 12
 
 
+def test_a_swap_recomputes_nothing_of_what_has_ended():
+    engine = VirtualEngine(EngineTimes(decode_step_s=1.0, prefill_s_per_token=0.1))
+    submit(engine, "ended", 1, at=0.0, context=50, new=0)
+    submit(engine, "running", 4, at=0.0, context=10, new=0)
+    engine.swap(1, time_s=2.0)
+    assert engine.take_totals().reprefilled_tokens == 12
+
+
 def test_a_paused_engine_stands_still():
     engine = VirtualEngine(STEP)
     submit(engine, "a", 3, at=0.0)
