@@ -184,8 +184,8 @@ CLAIMS = (
         ),
     ),
     Claim(
-        text="Planner against six runs, three repeats each: largest error of trajectories/s; of mean "
-        "staleness",
+        text="Planner against six runs, three repeats each: largest error of trajectories/s; of "
+        "mean staleness",
         source="planner",
         figure=lambda r: (
             f"{100 * _largest(r['throughput_error']):.1f} %; {_largest(r['staleness_error']):.2f}"
