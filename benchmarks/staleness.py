@@ -1,6 +1,6 @@
 """How stale may data be, with which correction: methods by exact lags by seeds, with pictures.
 
-Every run is one of ``launchers/configs/lab_staleness.yaml``: the same game, rates and steps for
+Every run is one of ``launchers/sweeps/lab_staleness.yaml``: the same game, rates and steps for
 all methods, in which every trained token is exactly ``lag`` policy versions old (after the first
 ``lag`` steps, for which there are no older versions). Reward is that of the last policy, played
 greedily on held-out tasks; intervals are Student's at 95 % over seeds.
@@ -30,7 +30,7 @@ from skyrl_async.sweep.runner import Limits, Runner
 from skyrl_async.sweep.statistics import Summary, as_rows, difference, summarize
 
 ROOT = Path(__file__).resolve().parents[1]
-SWEEP = ROOT / "launchers" / "configs" / "lab_staleness.yaml"
+SWEEP = ROOT / "launchers" / "sweeps" / "lab_staleness.yaml"
 FOLDER = ROOT / "runs" / "staleness_lab"
 PICTURES = ROOT / "benchmarks" / "results" / "staleness"
 MAX_SLICE_MINUTES = 45.0

@@ -1,6 +1,6 @@
 """Run a grid of runs: python launchers/sweep.py [FILE] [--axis NAME=V1,V2 ...] [key=value ...].
 
-    python launchers/sweep.py launchers/configs/lab_staleness.yaml --output sweeps/staleness
+    python launchers/sweep.py launchers/sweeps/lab_staleness.yaml --output sweeps/staleness
     python launchers/sweep.py --config launchers/configs/lab_task.yaml \
         --axis method=grpo,m2po --axis lag=0,8 --axis seed=0,1 --output sweeps/two run.steps=100
 

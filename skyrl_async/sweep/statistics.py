@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from statistics import variance
 from typing import Any
 
 from skyrl_async.sweep.rows import Row
@@ -50,8 +51,7 @@ def interval(values: Sequence[float], *, confidence: float = CONFIDENCE) -> Inte
         return Interval(mean=mean, low=mean, high=mean, count=1)
     from scipy.stats import t
 
-    variance = math.fsum((v - mean) ** 2 for v in values) / (count - 1)
-    half = float(t.ppf((1 + confidence) / 2, count - 1)) * math.sqrt(variance / count)
+    half = float(t.ppf((1 + confidence) / 2, count - 1)) * math.sqrt(variance(values) / count)
     return Interval(mean=mean, low=mean - half, high=mean + half, count=count)
 
 
@@ -68,14 +68,18 @@ def difference(
         raise ValueError(
             f"a difference needs two values of each, got {len(values)} and {len(others)}"
         )
-    from scipy.stats import ttest_ind
+    from scipy.stats import t
 
     mean = math.fsum(values) / len(values) - math.fsum(others) / len(others)
     count = min(len(values), len(others))
-    if len({*values}) == len({*others}) == 1:
+    shares = [variance(group) / len(group) for group in (values, others)]
+    if not sum(shares):
         return Interval(mean=mean, low=mean, high=mean, count=count)
-    ends = ttest_ind(values, others, equal_var=False).confidence_interval(confidence)
-    return Interval(mean=mean, low=float(ends.low), high=float(ends.high), count=count)
+    freedom = sum(shares) ** 2 / (
+        shares[0] ** 2 / (len(values) - 1) + shares[1] ** 2 / (len(others) - 1)
+    )
+    half = float(t.ppf((1 + confidence) / 2, freedom)) * math.sqrt(sum(shares))
+    return Interval(mean=mean, low=mean - half, high=mean + half, count=count)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

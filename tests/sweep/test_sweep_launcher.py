@@ -13,7 +13,7 @@ import pytest
 from tests.runtime.launch import ROOT, processes_of_session, wait_until
 
 LAUNCHER = ROOT / "launchers" / "sweep.py"
-LAB = ROOT / "launchers" / "configs" / "lab_staleness.yaml"
+LAB = ROOT / "launchers" / "sweeps" / "lab_staleness.yaml"
 
 
 def sweep(*arguments: str) -> subprocess.CompletedProcess[str]:
