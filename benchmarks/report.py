@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -76,7 +77,7 @@ def _command() -> str:
                 next(arguments, None)
             words.append(f"{name} PATH")
         else:
-            words.append(word)
+            words.append(shlex.quote(word))
     return " ".join(("python", *words))
 
 

@@ -52,6 +52,10 @@ def _largest(errors: Mapping[str, float]) -> float:
     return max(abs(error) for error in errors.values())
 
 
+def _best(verdicts: Mapping[str, Mapping[str, Any]]) -> str:
+    return max(verdicts, key=lambda method: verdicts[method]["stale"])
+
+
 def _worst_deviation(result: Result, kind: str) -> float:
     rows = [row for row in result["swaps"] if row["kv_after_swap"] == kind]
     return max(row["logprob_deviation_max"] for row in rows)
@@ -181,6 +185,16 @@ CLAIMS = (
         figure=lambda r: (
             f"{r['speedup']['2 actors, ray']['asynchronous']:.1f} x; "
             f"{r['speedup']['2 actors, ray']['one step off']:.1f} x"
+        ),
+    ),
+    Claim(
+        text="Staleness lab, reward at lag 8 over lag 0: without a correction; with a truncated "
+        "importance weight; by the best method",
+        source="staleness/staleness",
+        figure=lambda r: "; ".join(
+            f"`{method}` {r['verdicts'][method]['stale']:.2f} over "
+            f"{r['verdicts'][method]['on_policy']:.2f}"
+            for method in ("ppo_recomputed", "decoupled", _best(r["verdicts"]))
         ),
     ),
     Claim(

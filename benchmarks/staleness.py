@@ -6,7 +6,8 @@ all methods, in which every trained token is exactly ``lag`` policy versions old
 greedily on held-out tasks; intervals are Student's at 95 % over seeds.
 
 The sweep is resumable: every finished run is in ``--folder``, and the same command goes on where a
-slice of time has ended. Pictures and thinned rows go to ``--pictures``.
+slice of time has ended. Pictures and thinned rows go to ``--pictures``; a new folder begins with
+the runs that are there.
 
     python benchmarks/staleness.py --slice-minutes 45 \
         --output benchmarks/results/staleness/staleness.json
@@ -15,6 +16,7 @@ slice of time has ended. Pictures and thinned rows go to ``--pictures``.
 from __future__ import annotations
 
 import argparse
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -23,6 +25,7 @@ from typing import Any
 
 from report import argument_parser, commit, finish
 
+from skyrl_async.sweep.cell import identity, resolve
 from skyrl_async.sweep.grid import Block, Sweep, read_sweep
 from skyrl_async.sweep.pictures import draw_all
 from skyrl_async.sweep.rows import ROWS, Row, append_row, read_rows, thinned
@@ -78,8 +81,17 @@ def sweep_of(quick: bool) -> Sweep:
     )
 
 
-def run(sweep: Sweep, folder: Path, arguments: argparse.Namespace) -> int:
-    """Run what is missing; return how many runs are left."""
+def missing(sweep: Sweep, rows: Sequence[Row]) -> int:
+    """Return how many runs of a sweep have no row."""
+    known = {row.digest for row in rows}
+    return sum(identity(resolve(cell, sweep.config)) not in known for cell in sweep.cells())
+
+
+def run(sweep: Sweep, folder: Path, arguments: argparse.Namespace, known: Path) -> None:
+    """Run what is missing, as far as the time goes; ``known`` is a file of earlier rows."""
+    if known.exists() and not (folder / ROWS).exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(known, folder / ROWS)
     runner = Runner(
         sweep.cells(),
         config=sweep.config,
@@ -92,7 +104,7 @@ def run(sweep: Sweep, folder: Path, arguments: argparse.Namespace) -> int:
         commit=commit(),
         report=lambda line: print(line, flush=True),
     )
-    return runner.run().left
+    runner.run()
 
 
 def table_of(summaries: Sequence[Summary]) -> str:
@@ -184,8 +196,10 @@ def main() -> None:
     folder = arguments.folder or FOLDER.with_name(FOLDER.name + name)
     pictures = arguments.pictures or PICTURES.with_name(PICTURES.name + name)
     sweep = sweep_of(arguments.quick)
-    left = 0 if arguments.draw_only else run(sweep, folder, arguments)
+    if not arguments.draw_only:
+        run(sweep, folder, arguments, pictures / ROWS)
     rows = read_rows(folder)
+    left = missing(sweep, rows)
     summaries = summarize(rows)
     table = table_of(summaries)
     print(table)

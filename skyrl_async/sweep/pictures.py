@@ -13,7 +13,7 @@ from typing import Any
 from skyrl_async.sweep.rows import Row
 from skyrl_async.sweep.statistics import Interval, Summary, interval, smoothed
 
-_SIZE_INCHES = (7.0, 4.5)
+_SIZE_INCHES = (8.5, 4.5)
 _DPI = 110
 _POINTS = 120
 """Of a curve against seconds, on which the runs are compared."""
@@ -146,8 +146,10 @@ def _axes(x: str, y: str, title: str) -> tuple[Any, Any]:
 
 
 def _with_legend(figure: Any, axes: Any) -> Any:
-    axes.set_ylim(bottom=0)
-    axes.legend(fontsize=7, ncols=2)
+    # Wide bands of few seeds would leave the lines little room.
+    tops = [max(line.get_ydata(), default=0.0) for line in axes.get_lines()]
+    axes.set_ylim(0, 1.1 * max(tops, default=0.0) or 1.0)
+    figure.legend(fontsize=7, loc="outside right upper")
     return figure
 
 
