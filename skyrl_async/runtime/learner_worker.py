@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skyrl_async.config import Config
+from skyrl_async.lab.late_publishing import LatePublishing
 from skyrl_async.metrics.ledger import TimeLedger
 from skyrl_async.metrics.trace import open_tracer
 from skyrl_async.types import SampledBatch, StepResult
@@ -58,7 +59,7 @@ class LearnerWorker:
         self._rank = rank
         self._store_address = store_address
         self._publisher: Any = None
-        self._late: Any = None
+        self._late = LatePublishing(self._hand_over, lag=config.lab.exact_lag or 0)
         self._snapshots: Any = None
         self._gatherer: Any = None
         self._store: Any = None
@@ -110,7 +111,7 @@ class LearnerWorker:
         self._gatherer = ShardGatherer(
             sharded_weights(model),
             group=group,
-            publish=self._publish_gathered,
+            publish=self._hand_over,
             dtype=getattr(torch, policy_source(config).dtype),
             export=export_of(config),
             timeout_s=config.learner.step_timeout_s,
@@ -118,7 +119,7 @@ class LearnerWorker:
         # So that there is something to give to engines from the start.
         self._gatherer.take(self._learner.policy_version)
 
-    def _publish_gathered(self, snapshot: Any) -> None:
+    def _hand_over(self, snapshot: Any) -> None:
         if self._publisher is None:
             snapshot.release()
         else:
@@ -131,14 +132,12 @@ class LearnerWorker:
             host: address to listen on, as the engines can reach it.
             folder: shared with the engines; used by the disk transport only.
         """
-        from skyrl_async.lab.late_publishing import LatePublishing
         from skyrl_async.weight_sync.publisher import WeightPublisher
 
         self._host, self._folder = host, folder
         self._publisher = WeightPublisher(
             {}, timeout_s=self._config.weight_sync.timeout_s, tracer=self._tracer
         )
-        self._late = LatePublishing(self._publisher.publish, lag=self._config.lab.exact_lag or 0)
 
     def record_samples(self, path: Path) -> None:
         """Append a few trajectories to a file now and then, as the configuration says."""
@@ -279,7 +278,7 @@ class LearnerWorker:
             self._gatherer.close()
         if self._publisher is not None:
             self._publisher.close()
-            self._late.close()
+        self._late.close()
         self._ranks.close()
         self._tracer.close()
 

@@ -221,6 +221,7 @@ def test_everything_that_training_keeps_comes_back(tmp_path: Path, keys: tuple[s
     assert [row["step"] for row in metrics_of(folder)] == list(range(1, 10))
 
 
+@pytest.mark.slow
 def test_a_policy_is_exported_from_a_checkpoint_as_the_run_exports_its_last(tmp_path: Path):
     from safetensors.torch import load_file
 

@@ -71,6 +71,7 @@ def test_a_real_learner_trains_on_a_simulated_engine(tmp_path: Path):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_several_simulated_engines_under_ray(tmp_path: Path):
     folder = tmp_path / "run"
     overrides = (*BOTH, "runtime=ray", "rollout.num_actors=2", "run.steps=6")
