@@ -1,7 +1,8 @@
 """Pictures of a sweep over methods and lags; needs matplotlib (``pip install 'skyrl_async[lab]'``).
 
 Every picture is written twice, as PNG and as SVG. A line is the mean over seeds, a band its 95 %
-interval, and a cross a group of runs of which most collapsed.
+interval (of three seeds or more, against the lag), and a cross a group of runs of which most
+collapsed.
 """
 
 from __future__ import annotations
@@ -95,7 +96,9 @@ def by_lag(
         lags = [point.lag for point, _ in known]
         name = method if steps == shortest else f"{method}, {steps} steps"
         axes.plot(lags, [v.mean for _, v in known], label=name, **style)
-        lows, highs = [v.low for _, v in known], [v.high for _, v in known]
+        # The interval of two runs is so wide that it would hide the others.
+        lows = [v.low if v.count > 2 else v.mean for _, v in known]
+        highs = [v.high if v.count > 2 else v.mean for _, v in known]
         axes.fill_between(lags, lows, highs, color=style["color"], alpha=0.12, linewidth=0)
         marked = [(p.lag, v.mean) for p, v in known if 2 * p.collapsed > v.count]
         axes.plot(*zip(*marked, strict=True), "kx", markersize=9) if marked else None
