@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from skyrl_async.config import Config
 from skyrl_async.metrics.trace import NULL_TRACER, Lane, Tracing
 from skyrl_async.rollout.endpoint import EngineEndpoint
+from skyrl_async.runtime.engine_receiver import EngineReceiver
 from skyrl_async.runtime.published_adapters import adapter_layout, publishes_adapters
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class EmbeddedEngines:
         lane = tracer.lane(role="engine", name="engine")
         self._evaluation_lane = tracer.lane(role="evaluation", name="evaluation")
         self._engine = self._make(self._model, seed=seed, lane=lane)
-        self._receiver: Any = None
+        self._receiver = EngineReceiver(self._engine, timeout_s=config.weight_sync.timeout_s)
 
     @property
     def engine(self) -> Engine:
@@ -80,29 +80,16 @@ class EmbeddedEngines:
             address: of this engine's sender.
             on_swap: called after every swap.
         """
-        from skyrl_async.weight_sync.receiver import WeightReceiver
-        from skyrl_async.weight_sync.receiving import receiving_end
-
-        loop = asyncio.get_running_loop()
-        timeout_s = self._config.weight_sync.timeout_s
-
-        async def swap(weights: Mapping[str, Any], policy_version: int) -> None:
-            await self._engine.load_weights(weights, policy_version=policy_version)
-            on_swap()
-
-        def load(weights: Mapping[str, Any], policy_version: int) -> None:
-            if self._merger is not None:
-                weights = self._merger.merge(weights)
-            swapping = asyncio.run_coroutine_threadsafe(swap(weights, policy_version), loop)
-            swapping.result(timeout_s)
-
-        transport = receiving_end(
+        self._receiver.connect(
             address,
             expected=self._layout(),
-            policy_version=0,
+            prepare=self._whole_weights,
+            on_swap=on_swap,
             pinned=self._config.engine.device == "cuda",
         )
-        self._receiver = WeightReceiver(transport, load)
+
+    def _whole_weights(self, weights: Mapping[str, Any]) -> Mapping[str, Any]:
+        return weights if self._merger is None else self._merger.merge(weights)
 
     def set_engines(self, endpoints: Sequence[EngineEndpoint]) -> None:
         """Raise: an embedded engine has no pool."""
@@ -114,13 +101,11 @@ class EmbeddedEngines:
         Raises:
             RuntimeError: from what ended it.
         """
-        if self._receiver is not None:
-            self._receiver.check()
+        self._receiver.check()
 
     async def close(self) -> None:
         """Stop receiving."""
-        if self._receiver is not None:
-            await asyncio.to_thread(self._receiver.close)
+        await self._receiver.close()
 
     def _make_merger(self) -> AdapterMerger | None:
         """Return what merges published adapters; None where whole weights are published."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from skyrl_async.distribution import parse_distribution
 from skyrl_async.learner.policy import load_model, skeleton
 from skyrl_async.metrics.trace import NULL_LANE, NULL_TRACER, Lane, Tracing
 from skyrl_async.rollout.endpoint import EngineEndpoint
+from skyrl_async.runtime.engine_receiver import EngineReceiver
 from skyrl_async.runtime.settings import policy_source
 from skyrl_async.simulate.engine import SimulatedEngine
 from skyrl_async.simulate.learner import Ledger, SimulatedLearner, Weights
@@ -49,7 +49,7 @@ class SimulatedEngines:
         self._config = config
         lane = tracer.lane(role="engine", name="engine")
         self._engine = self._make(seed=hash((config.seed, index, start_version)), lane=lane)
-        self._receiver: Any = None
+        self._receiver = EngineReceiver(self._engine, timeout_s=config.weight_sync.timeout_s)
 
     @property
     def engine(self) -> Engine:
@@ -67,23 +67,13 @@ class SimulatedEngines:
             address: of this engine's sender.
             on_swap: called after every swap.
         """
-        from skyrl_async.weight_sync.receiver import WeightReceiver
-        from skyrl_async.weight_sync.receiving import receiving_end
+        self._receiver.connect(
+            address, expected=self._layout(), prepare=self._take_time, on_swap=on_swap
+        )
 
-        loop = asyncio.get_running_loop()
-        timeout_s, load_s = self._config.weight_sync.timeout_s, self._config.simulate.load_s
-
-        async def swap(weights: Mapping[str, Any], policy_version: int) -> None:
-            await self._engine.load_weights(weights, policy_version=policy_version)
-            on_swap()
-
-        def load(weights: Mapping[str, Any], policy_version: int) -> None:
-            time.sleep(load_s)
-            swapping = asyncio.run_coroutine_threadsafe(swap(weights, policy_version), loop)
-            swapping.result(timeout_s)
-
-        transport = receiving_end(address, expected=self._layout(), policy_version=0, pinned=False)
-        self._receiver = WeightReceiver(transport, load)
+    def _take_time(self, weights: Mapping[str, Any]) -> Mapping[str, Any]:
+        time.sleep(self._config.simulate.load_s)
+        return weights
 
     def set_engines(self, endpoints: Sequence[EngineEndpoint]) -> None:
         """Raise: a simulated engine has no pool."""
@@ -95,13 +85,11 @@ class SimulatedEngines:
         Raises:
             RuntimeError: from what ended it.
         """
-        if self._receiver is not None:
-            self._receiver.check()
+        self._receiver.check()
 
     async def close(self) -> None:
         """Stop receiving."""
-        if self._receiver is not None:
-            await asyncio.to_thread(self._receiver.close)
+        await self._receiver.close()
 
     def _layout(self) -> WeightLayout:
         """Return the layout of what the learner publishes."""
