@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from buffers_load import FIELDS, GROUP_SIZE, Load, raw_arrays, start_ray
 
-MAX_STALENESS = 2
+MAX_STALENESS = 3
 
 
 def make_group(group_id: int, version: int, raw: dict[str, np.ndarray]) -> Any:
@@ -37,6 +37,8 @@ class Producer:
 
     def __init__(self, load: Load) -> None:
         self._raw = raw_arrays(load, GROUP_SIZE)
+        for array in self._raw.values():
+            array.setflags(write=False)
         self._finished: list[Any] = []
         self._news = asyncio.Event()
         self._version = 0
@@ -57,8 +59,9 @@ class Producer:
             self._finished.append(group)
         self._news.set()
 
-    async def poll(self, *, wait_s: float) -> Any:
+    async def poll_split(self, *, wait_s: float) -> Any:
         """Return what was made since the last report."""
+        from skyrl_async.runtime.ray_groups import split_report
         from skyrl_async.types import RolloutReport
 
         try:
@@ -68,7 +71,7 @@ class Producer:
             pass
         self._news.clear()
         groups, self._finished = tuple(self._finished), []
-        return RolloutReport(engine_version=self._version, groups=groups)
+        return split_report(RolloutReport(engine_version=self._version, groups=groups))
 
 
 class Learner:
@@ -82,12 +85,15 @@ class Learner:
         """Return when the actor is there, with its imports."""
         import skyrl_async.types  # noqa: F401
 
-    def step(self, batch: Any) -> Any:
+    def step_placed(self, placed: Any, *objects: Any) -> Any:
         """Add up all arrays."""
+        from skyrl_async.runtime.ray_groups import gather_batch
         from skyrl_async.types import StepResult
 
+        batch = gather_batch(placed, objects)
+
         for sampled in batch.groups:
-            for trajectory in sampled.group.trajectories:
+            for trajectory in sampled.trajectories:
                 self.total += sum(float(getattr(trajectory, name).sum()) for name in FIELDS)
         for actor in self._actors:
             actor.loaded.remote(batch.train_version + 1)

@@ -32,13 +32,13 @@ from skyrl_async.coordination.run_metrics import Progress, RunMetrics
 from skyrl_async.coordination.run_state import RunState, ledger_counts
 from skyrl_async.coordination.workers import LearnerGroup, RolloutWorker, Tasks
 from skyrl_async.types import (
+    AnyGroup,
     Assignment,
     DroppedGroup,
     DropReason,
     RolloutReport,
     SampledBatch,
     StepResult,
-    TrajectoryGroup,
 )
 
 __all__ = ["MAX_SKIPPED_STEPS", "Coordinator", "CoordinatorSettings", "WorkerFailed"]
@@ -234,7 +234,7 @@ class Coordinator:
                 self._groups.drop(rejected)
                 self._metrics.dropped([rejected])
 
-    def _reject(self, group: TrajectoryGroup) -> DroppedGroup | None:
+    def _reject(self, group: AnyGroup) -> DroppedGroup | None:
         if self._groups.is_valid(group.group_id):
             return self._filter.check(group)
         return DroppedGroup(

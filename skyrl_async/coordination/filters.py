@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from skyrl_async.types import DroppedGroup, DropReason, TrajectoryGroup, TrajectoryStatus
+from skyrl_async.types import AnyGroup, DroppedGroup, DropReason, TrajectoryStatus
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +27,7 @@ class FilterSettings:
     max_rejected_in_a_row: int = 16
 
 
-def rejection(group: TrajectoryGroup, settings: FilterSettings) -> DropReason | None:
+def rejection(group: AnyGroup, settings: FilterSettings) -> DropReason | None:
     """Return why a group is not worth training; None if it is."""
     rewards = [t.reward for t in group.trajectories]
     if settings.zero_variance and min(rewards) == max(rewards):
@@ -59,7 +59,7 @@ class GroupFilter:
         self._settings = settings
         self._rejected_in_a_row = 0
 
-    def check(self, group: TrajectoryGroup) -> DroppedGroup | None:
+    def check(self, group: AnyGroup) -> DroppedGroup | None:
         """Return the group as a dropped one if it is rejected."""
         reason = rejection(group, self._settings)
         if reason is None or self._rejected_in_a_row >= self._settings.max_rejected_in_a_row:

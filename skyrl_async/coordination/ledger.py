@@ -40,13 +40,13 @@ from skyrl_async.coordination.staleness import (
     first_use_cost,
 )
 from skyrl_async.types import (
+    AnyGroup,
     DepartedGroup,
     DroppedGroup,
     DropReason,
     GroupFate,
     SampledBatch,
     StoredGroup,
-    TrajectoryGroup,
 )
 
 _Sampled = tuple[SampledBatch | None, tuple[DepartedGroup, ...]]
@@ -63,7 +63,7 @@ class Buffer(Protocol):
     def num_leased(self) -> int:
         """Groups in open batches."""
 
-    def insert(self, group: TrajectoryGroup) -> None:
+    def insert(self, group: AnyGroup) -> None:
         """Take in a finished group."""
 
     def restore(self, stored: StoredGroup) -> None:
@@ -210,7 +210,7 @@ class GroupLedger:
         """Admit one group, or return None until a slot is released or bytes are free."""
         return self._admission.try_admit()
 
-    def insert(self, group: TrajectoryGroup) -> None:
+    def insert(self, group: AnyGroup) -> None:
         """Take a finished group from in flight into the buffer.
 
         Raises:
@@ -369,7 +369,7 @@ class GroupLedger:
             released += self._admission.release_when_live(group_id, stored.made_version)
         return tuple(released)
 
-    def _count_use(self, group: TrajectoryGroup, cut_off: int) -> None:
+    def _count_use(self, group: AnyGroup, cut_off: int) -> None:
         trained = count_loss_tokens(group, min_trainable_version=cut_off)
         self._cost += StalenessCost(
             masked_tokens=group.num_generated_tokens - trained, trained_tokens=trained

@@ -24,7 +24,6 @@ from skyrl_async.types import (
     RolloutReport,
     SampledBatch,
     StepResult,
-    TrajectoryGroup,
 )
 
 
@@ -90,7 +89,7 @@ class RunMetrics:
     def rollout_report(self, report: RolloutReport) -> None:
         """Record what an actor reported."""
         r = self._recorder
-        groups = [g for g in report.groups if isinstance(g, TrajectoryGroup)]
+        groups = [g for g in report.groups if not isinstance(g, DroppedGroup)]
         rewards = [t.reward for group in groups for t in group.trajectories]
         if rewards:
             r.record("reward/mean", Mean.of(rewards))

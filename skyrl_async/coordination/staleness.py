@@ -7,12 +7,10 @@ steps that may use one group. Definitions and proofs are in ``STALENESS.md`` bes
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-
-from skyrl_async.types import Trajectory, TrajectoryGroup
+from skyrl_async.types import AnyGroup, Trajectory, TrajectoryHeader
 
 RuleName = Literal["mask", "drop", "pace"]
 
@@ -65,19 +63,19 @@ def pace_allows(
     )
 
 
-def count_loss_tokens(item: Trajectory | TrajectoryGroup, *, min_trainable_version: int) -> int:
+def count_loss_tokens(
+    item: AnyGroup | Trajectory | TrajectoryHeader, *, min_trainable_version: int
+) -> int:
     """Return how many sampled tokens are at least as new as the cut-off."""
     if item.min_policy_version >= min_trainable_version:
         return item.num_generated_tokens
     if item.max_policy_version < min_trainable_version:
         return 0
-    if isinstance(item, TrajectoryGroup):
-        return sum(
-            count_loss_tokens(t, min_trainable_version=min_trainable_version)
-            for t in item.trajectories
-        )
-    # Tokens that were not sampled carry version -1, below every cut-off.
-    return int(np.count_nonzero(item.policy_versions >= max(0, min_trainable_version)))
+    if isinstance(item, Trajectory | TrajectoryHeader):
+        return item.num_tokens_since(min_trainable_version)
+    return sum(
+        count_loss_tokens(t, min_trainable_version=min_trainable_version) for t in item.trajectories
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,8 +106,9 @@ class StalenessCost:
     trained_tokens: int = 0
 
     def __add__(self, other: StalenessCost) -> StalenessCost:
-        names = (f.name for f in fields(self))
-        return StalenessCost(**{name: getattr(self, name) + getattr(other, name) for name in names})
+        return StalenessCost(
+            **{name: getattr(self, name) + getattr(other, name) for name in self.__slots__}
+        )
 
     def metrics(self) -> dict[str, float]:
         """Return the metrics below ``staleness/``; those without a denominator are left out."""
@@ -125,7 +124,7 @@ class StalenessCost:
         return out
 
 
-def first_use_cost(group: TrajectoryGroup, *, min_trainable_version: int | None) -> StalenessCost:
+def first_use_cost(group: AnyGroup, *, min_trainable_version: int | None) -> StalenessCost:
     """Return what the bound costs at the first use of a group.
 
     Later cut-offs are never lower, so a token that misses the first use is lost for good.
@@ -134,6 +133,12 @@ def first_use_cost(group: TrajectoryGroup, *, min_trainable_version: int | None)
         group: that is used for the first time, or dropped as stale.
         min_trainable_version: its cut-off; None if the group is dropped.
     """
+    if min_trainable_version is not None and group.min_policy_version >= min_trainable_version:
+        return StalenessCost(
+            kept_tokens=group.num_generated_tokens,
+            kept_trajectories=len(group.trajectories),
+            kept_trajectory_tokens=group.num_generated_tokens,
+        )
     kept_tokens = lost_trajectories = lost_trajectory_tokens = 0
     for trajectory in group.trajectories:
         trained = 0
@@ -189,7 +194,7 @@ class StalenessRule:
         """Return the cut-off: older tokens stay out of the step at ``train_version``."""
         return min_trainable_version(train_version, max_staleness=self.max_staleness)
 
-    def deadline(self, group: TrajectoryGroup) -> int:
+    def deadline(self, group: AnyGroup) -> int:
         """Return the newest version whose step may still train the group.
 
         Under ``mask`` its newest token counts, otherwise its oldest.

@@ -33,7 +33,7 @@ def make_sequences(
         overlong_buffer_tokens: band below ``max_tokens`` in which rewards fall; 0 for none.
         max_tokens: of a trajectory, for that band.
     """
-    members = [(sampled, t) for sampled in groups for t in sampled.group.trajectories]
+    members = [(sampled, t) for sampled in groups for t in sampled.trajectories]
     rewards = np.array([t.reward for _, t in members])
     if overlong_buffer_tokens:
         lengths = np.array([len(t.token_ids) for _, t in members])

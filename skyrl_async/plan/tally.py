@@ -47,7 +47,7 @@ class Tally:
         self._learner_s += busy_s
         self._groups += len(batch.groups)
         for sampled in batch.groups:
-            for trajectory in sampled.group.trajectories:
+            for trajectory in sampled.trajectories:
                 versions = trajectory.policy_versions[1:]
                 kept = versions[versions >= sampled.min_trainable_version]
                 if not len(kept):

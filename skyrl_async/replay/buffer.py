@@ -24,13 +24,13 @@ from typing import Protocol
 
 from skyrl_async.replay.selectors import Selector, fifo
 from skyrl_async.types import (
+    AnyGroup,
     DepartedGroup,
     DropReason,
     GroupFate,
     SampledBatch,
     SampledGroup,
     StoredGroup,
-    TrajectoryGroup,
 )
 
 
@@ -44,7 +44,7 @@ class BoundRule(Protocol):
     def min_trainable_version(self, train_version: int) -> int:
         """Return the cut-off: older tokens stay out of the step at ``train_version``."""
 
-    def deadline(self, group: TrajectoryGroup) -> int:
+    def deadline(self, group: AnyGroup) -> int:
         """Return the newest version whose step may still train the group."""
 
     def allows(self, left_over: Mapping[int, int], *, train_version: int) -> bool:
@@ -117,7 +117,7 @@ class ReplayBuffer:
         """Bytes of all groups inside, buffered and leased."""
         return self._size_bytes
 
-    def insert(self, group: TrajectoryGroup) -> None:
+    def insert(self, group: AnyGroup) -> None:
         """Take in a finished group.
 
         Raises:

@@ -23,6 +23,15 @@ from skyrl_async.resume import Resume, start_version
 from skyrl_async.rollout.endpoint import EngineEndpoint
 from skyrl_async.runtime.engine_worker import EngineWorker, server_names
 from skyrl_async.runtime.learner_worker import LearnerWorker
+from skyrl_async.runtime.ray_groups import (
+    PlacedBatch,
+    Tokens,
+    gather_batch,
+    object_store_bytes,
+    place_batch,
+    place_report,
+    split_report,
+)
 from skyrl_async.runtime.rollout_worker import RolloutWorker, engine_name
 from skyrl_async.types import (
     Assignment,
@@ -44,6 +53,10 @@ class RayRolloutActor(RolloutWorker):
         """Load everything; return where this actor runs."""
         return {**await self.start(), "node": ray.get_runtime_context().get_node_id()}
 
+    async def poll_split(self, *, wait_s: float) -> tuple[RolloutReport, Tokens]:
+        """Return what happened since the last report, and the tokens apart from it."""
+        return split_report(await self.poll(wait_s=wait_s))
+
 
 class RayEngineWorker(EngineWorker):
     """The Ray actor around the worker beside an SGLang server: an asyncio actor."""
@@ -64,6 +77,10 @@ class RayLearnerRank(LearnerWorker):
     def where(self) -> dict[str, Any]:
         """Load everything; return where this actor runs."""
         return {**self.start(), "node": ray.get_runtime_context().get_node_id()}
+
+    def step_placed(self, placed: PlacedBatch, *objects: Tokens) -> StepResult:
+        """Train on a batch whose tokens Ray has fetched."""
+        return self.step(gather_batch(placed, objects))
 
     def address(self) -> str:
         """Return the address of this actor's node, as other nodes reach it."""
@@ -92,7 +109,9 @@ class RemoteRollout:
 
     async def poll(self, *, wait_s: float) -> RolloutReport:
         """Return what happened since the last report."""
-        return await _answer(self._handle.poll.remote(wait_s=wait_s))
+        call = self._handle.poll_split.options(num_returns=2)
+        report, tokens = call.remote(wait_s=wait_s)
+        return place_report(await _answer(report), tokens)
 
     async def evaluate(
         self, tasks: Sequence[Task], *, endpoint: EngineEndpoint | None = None
@@ -132,9 +151,9 @@ class RemoteLearner:
 
     async def step(self, batch: SampledBatch) -> StepResult:
         """Train on a batch, on all ranks."""
-        shared = ray.put(batch) if len(self._handles) > 1 else batch
+        placed, references = place_batch(batch)
         calls = [
-            _named_answer(f"learner {rank}", handle.step.remote(shared))
+            _named_answer(f"learner {rank}", handle.step_placed.remote(placed, *references))
             for rank, handle in enumerate(self._handles)
         ]
         return (await asyncio.gather(*calls))[0]
@@ -257,7 +276,7 @@ class RayRuntime:
             num_cpus=max(int(needed + 0.999), os.cpu_count() or 1),
             include_dashboard=False,
             _node_ip_address="127.0.0.1",
-            object_store_memory=256 << 20,
+            object_store_memory=object_store_bytes(config.replay.capacity_bytes),
             **common,
         )
 

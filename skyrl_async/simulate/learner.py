@@ -78,7 +78,7 @@ class SimulatedLearner:
             )
         started_s = time.monotonic()
         counts = count_staleness(batch)
-        num_tokens = sum(len(t.token_ids) for g in batch.groups for t in g.group.trajectories)
+        num_tokens = sum(len(t.token_ids) for g in batch.groups for t in g.trajectories)
         with self._ledger.part("train"):
             spent_s = time.monotonic() - started_s
             self._sleep(max(0.0, self._times.seconds(num_tokens) - spent_s))
@@ -122,7 +122,7 @@ def count_staleness(batch: SampledBatch) -> dict[int, int]:
     """Return the number of trained tokens by staleness, from the arrays of a batch."""
     counts: Counter[int] = Counter()
     for sampled in batch.groups:
-        for trajectory in sampled.group.trajectories:
+        for trajectory in sampled.trajectories:
             versions = trajectory.policy_versions
             # Prompts and observations have version -1.
             kept = versions[versions >= max(0, sampled.min_trainable_version)]
