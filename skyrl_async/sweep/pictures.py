@@ -1,8 +1,8 @@
 """Pictures of a sweep over methods and lags; needs matplotlib (``pip install 'skyrl_async[lab]'``).
 
-Every picture is written twice, as PNG and as SVG. A line is the mean over seeds, a band its 95 %
-interval (of three seeds or more, against the lag), and a cross a group of runs of which most
-collapsed.
+Every picture is written twice, as PNG and as SVG. A line is the mean over seeds; its 95 %
+interval is a band, or against the lag a bar (of three seeds or more). A cross marks a group of runs
+of which most collapsed.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from skyrl_async.sweep.statistics import Interval, Summary, interval, smoothed
 
 _SIZE_INCHES = (8.5, 4.5)
 _DPI = 110
+_DODGE = 0.6
+_MIN_RUNS = 2
 _POINTS = 120
 """Of a curve against seconds, on which the runs are compared."""
 
@@ -87,24 +89,29 @@ def by_lag(
     for summary in summaries:
         lines.setdefault((summary.method, summary.steps), []).append(summary)
     methods = sorted({method for method, _ in lines})
+    every = sorted({point.lag for points in lines.values() for point in points})
     shortest = min((steps for _, steps in lines), default=0)
     for (method, steps), points in sorted(lines.items()):
         known = [(p, v) for p in points if (v := value(p)) is not None]
         if not known:
             continue
         style = {**_style(methods.index(method)), "linestyle": "-" if steps == shortest else "--"}
-        lags = [point.lag for point, _ in known]
+        # Side by side, so that the bars of one lag can be told apart.
+        beside = _DODGE * (methods.index(method) - (len(methods) - 1) / 2) / len(methods)
+        places = [every.index(point.lag) + beside for point, _ in known]
         name = method if steps == shortest else f"{method}, {steps} steps"
-        axes.plot(lags, [v.mean for _, v in known], label=name, **style)
+        axes.plot(places, [v.mean for _, v in known], label=name, **style)
         # The interval of two runs is so wide that it would hide the others.
-        lows = [v.low if v.count > 2 else v.mean for _, v in known]
-        highs = [v.high if v.count > 2 else v.mean for _, v in known]
-        axes.fill_between(lags, lows, highs, color=style["color"], alpha=0.12, linewidth=0)
-        marked = [(p.lag, v.mean) for p, v in known if 2 * p.collapsed > v.count]
+        whole = [(x, v) for x, (_, v) in zip(places, known, strict=True) if v.count > _MIN_RUNS]
+        for x, v in whole:
+            axes.vlines(x, v.low, v.high, color=style["color"], alpha=0.35, linewidth=1.2)
+        marked = [
+            (x, v.mean)
+            for x, (p, v) in zip(places, known, strict=True)
+            if 2 * p.collapsed > v.count
+        ]
         axes.plot(*zip(*marked, strict=True), "kx", markersize=9) if marked else None
-    axes.set_xscale("symlog", base=2, linthresh=1)
-    every = sorted({p.lag for points in lines.values() for p in points})
-    axes.set_xticks(every, [str(lag) for lag in every])
+    axes.set_xticks(range(len(every)), [str(lag) for lag in every])
     return _with_legend(figure, axes)
 
 

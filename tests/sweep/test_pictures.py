@@ -72,9 +72,11 @@ def test_lines_are_means_and_methods_that_collapsed_are_crossed_out():
     ]
     axes = by_lag(summarize(rows), lambda s: s.reward, label="reward").axes[0]
     lines = {line.get_label(): line for line in axes.lines}
-    assert lines["grpo"].get_xydata().tolist() == [[0, 0.55], [8, 0.55]]
+    # Lags are as far apart as their number in the list says, methods side by side.
+    assert lines["grpo"].get_xydata().tolist() == [[-0.15, 0.55], [0.85, 0.55]]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "8"]
     crosses = [line for line in axes.lines if line.get_marker() == "x"]
-    assert [line.get_xydata().tolist() for line in crosses] == [[[8, 0.55]]]
+    assert [line.get_xydata().tolist() for line in crosses] == [[[1.15, 0.55]]]
 
 
 def test_longer_runs_are_lines_of_their_own_and_not_in_curves_of_shorter_ones():
