@@ -9,7 +9,8 @@ consumer adds up every array. The clock starts when all processes are ready and 
 batch was added up. The last line of stdout is one JSON object.
 
 * ``ours``: the coordinator of the product with its admission and its buffer, and the handles that
-  the product talks to its actors with; versions, cut-offs and leases are kept.
+  the product talks to its actors with; versions, cut-offs and leases are kept. Four batches are
+  admitted, as many as TorchRL's storage holds.
 * ``torchrl``: ``RayReplayBuffer`` with a ``LazyTensorStorage`` of four batches.
 * ``transferqueue``: its controller and two storage units, as it starts them by default.
 
