@@ -25,6 +25,7 @@ from skyrl_async.environments.tasks import TaskSource, heldout_tasks
 from skyrl_async.metrics.console import ConsoleSink
 from skyrl_async.metrics.recorder import Recorder, Sink
 from skyrl_async.metrics.sinks import JsonlSink, TensorBoardSink
+from skyrl_async.metrics.trace import Tracing, open_tracer
 from skyrl_async.metrics.trackers import Status, TrackerSink, end_trackers, start_trackers
 from skyrl_async.metrics.waste import largest_waste
 from skyrl_async.report.writing import write_report_in_time
@@ -36,6 +37,7 @@ from skyrl_async.runtime.coordinator_build import (
     make_ledger,
     waste_facts,
 )
+from skyrl_async.runtime.heap import frozen_heap
 from skyrl_async.types import EvaluationResult
 
 if TYPE_CHECKING:
@@ -164,7 +166,8 @@ class _Run:
             self._listen_to_signals()
             self._startup_seconds = time.monotonic() - self._started_s
             self._console.status("playing the first episodes")
-            await self._train(runtime)
+            with frozen_heap():
+                await self._train(runtime)
             if self._stopped_by is not None:
                 raise asyncio.CancelledError
             await runtime.learner.save_policy(self._folder.path / "policy")
@@ -214,13 +217,16 @@ class _Run:
             self._task.cancel()
 
     async def _train(self, runtime: Runtime) -> None:
-        self._coordinator = self._make_coordinator(runtime)
+        folder = self._folder.path if self._config.logging.trace else None
+        tracer = open_tracer(folder, process="coordinator")
+        self._coordinator = self._make_coordinator(runtime, tracer)
         try:
             await self._coordinator.run()
         finally:
             self._coordinator = None
+            tracer.close()
 
-    def _make_coordinator(self, runtime: Runtime) -> Coordinator:
+    def _make_coordinator(self, runtime: Runtime, tracer: Tracing) -> Coordinator:
         config, start = self._config, _start_of(self._folder)
         self._metrics = self._open_metrics(start)
         tasks = TaskSource(config.environment.name, seed=config.seed)
@@ -238,6 +244,7 @@ class _Run:
             filters=FilterSettings(**config.filters.model_dump()),
             guard=make_guard(config, start),
             checkpoints=_make_writer(config, self._folder, runtime.learner, self._metrics),
+            tracer=tracer,
             start=start,
         )
 

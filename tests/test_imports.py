@@ -35,7 +35,7 @@ ALLOWED["lab"] = {"types", "rollout"}  # wrappers around the parts of a rollout
 ALLOWED["rollout"] |= {"environments.base"}
 ALLOWED["learner"] |= {"algorithms"}  # advantages and losses are pure functions on tensors
 # Where the run's metrics are recorded.
-ALLOWED["coordination"] |= {"metrics.recorder", "metrics.ledger"}
+ALLOWED["coordination"] |= {"metrics.recorder", "metrics.ledger", "metrics.drawing"}
 for _folder in ("rollout", "learner", "weight_sync", "coordination"):
     ALLOWED[_folder] |= {"metrics.trace"}  # where they say what they do, for the timeline
 ALLOWED["environments"] |= {"distribution"}  # how slow a tool is

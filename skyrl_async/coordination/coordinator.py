@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from skyrl_async.coordination.checkpointing import Checkpointing, CheckpointStore
@@ -31,6 +32,8 @@ from skyrl_async.coordination.ledger import GroupLedger
 from skyrl_async.coordination.run_metrics import Progress, RunMetrics
 from skyrl_async.coordination.run_state import RunState, ledger_counts
 from skyrl_async.coordination.workers import LearnerGroup, RolloutWorker, Tasks
+from skyrl_async.metrics.drawing import drawn
+from skyrl_async.metrics.trace import NULL_TRACER, Args, Tracing
 from skyrl_async.types import (
     AnyGroup,
     Assignment,
@@ -68,6 +71,7 @@ class Coordinator:
         filters: groups that are not worth training; without them all are.
         guard: acts when training is about to collapse.
         checkpoints: writes them; without it there are none.
+        tracer: makes the lanes on which it says what it waits for.
         start: where the run goes on; the other arguments must be there already.
     """
 
@@ -85,6 +89,7 @@ class Coordinator:
         filters: FilterSettings | None = None,
         guard: CollapseGuard | None = None,
         checkpoints: CheckpointStore | None = None,
+        tracer: Tracing = NULL_TRACER,
         start: RunState | None = None,
     ) -> None:
         self._start = start or RunState()
@@ -101,6 +106,7 @@ class Coordinator:
         self._metrics = metrics
         self._settings = settings
         self._clock = clock
+        self._lane = tracer.lane(role="coordinator", name="training")
         self._in_flight: Counter[str] = Counter()
         self._actor_of: dict[int, str] = {}
         self._policy_version = self._start.policy_version
@@ -114,6 +120,8 @@ class Coordinator:
             metrics=metrics,
             settings=settings.evaluation,
             on_target=self._news.set,
+            lane=tracer.lane(role="coordinator", name="evaluation"),
+            clock=clock,
         )
         self._checkpoints = Checkpointing(
             checkpoints,
@@ -282,27 +290,34 @@ class Coordinator:
                 left_s = settings.max_seconds - self._metrics.seconds
                 if left_s <= 0:
                     break
-            batch = await self._next_batch(left_s)
+            with self._drawn("wait for a batch"):
+                batch = await self._next_batch(left_s)
             if batch is None or self._is_over:
                 break
-            with blaming("learner"):
+            version = {"policy_version": batch.train_version, "groups": len(batch.groups)}
+            with blaming("learner"), self._drawn("learner step", version):
                 async with Deadline(settings.step_timeout_s, "a step"):
                     result = await self._learner.step(batch)
-            await self._checkpoints.join()
-            await self._finish_step(step, batch, result)
+            with self._drawn("finish the step"):
+                await self._checkpoints.join()
+                await self._finish_step(step, batch, result)
             skipped = skipped + 1 if result.skipped else 0
             if skipped >= MAX_SKIPPED_STEPS:
                 raise RuntimeError(
                     f"{skipped} learner steps in a row had a loss or gradient that was not finite; "
                     "lower optimizer.learning_rate or look at the rewards"
                 )
-            await self._checkpoints.after_step(step, self.state)
-            await self._admit()
+            with self._drawn("checkpoint and admit"):
+                await self._checkpoints.after_step(step, self.state)
+                await self._admit()
             self._evaluations.start_if_due(step)
         await self._checkpoints.write(self._metrics.steps, self.state)
         if not self._stopping:
             await self._evaluate_at_the_end()
         await self._checkpoints.join()
+
+    def _drawn(self, name: str, args: Args | None = None) -> AbstractContextManager[None]:
+        return drawn(self._lane, name, clock=self._clock, args=args)
 
     @property
     def _is_over(self) -> bool:

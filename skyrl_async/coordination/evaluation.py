@@ -12,6 +12,8 @@ from skyrl_async.coordination.engine_fleet import EngineFleet
 from skyrl_async.coordination.errors import blaming
 from skyrl_async.coordination.run_metrics import RunMetrics
 from skyrl_async.coordination.workers import RolloutWorker
+from skyrl_async.metrics.drawing import drawn
+from skyrl_async.metrics.trace import Lane
 from skyrl_async.types import Task
 
 logger = logging.getLogger(__name__)
@@ -49,6 +51,8 @@ class Evaluations:
         metrics: told the results.
         settings: when.
         on_target: called when a result reaches the target.
+        lane: of the timeline.
+        clock: ``time.monotonic``.
     """
 
     def __init__(
@@ -59,12 +63,16 @@ class Evaluations:
         metrics: RunMetrics,
         settings: EvaluationSettings,
         on_target: Callable[[], None],
+        lane: Lane,
+        clock: Callable[[], float],
     ) -> None:
         self._rollouts = rollouts
         self._fleet = fleet
         self._metrics = metrics
         self._settings = settings
         self._on_target = on_target
+        self._lane = lane
+        self._clock = clock
         self._running: asyncio.Task[None] | None = None
         self.reached_target = False
 
@@ -104,7 +112,7 @@ class Evaluations:
         """Play the held-out tasks at the version that one engine has now."""
         name, worker = next(iter(self._rollouts.items()))
         tasks = self._settings.tasks
-        with blaming(name):
+        with blaming(name), drawn(self._lane, "evaluation", clock=self._clock):
             async with Deadline(self._settings.timeout_s, "an evaluation"):
                 if self._fleet is None:
                     result = await worker.evaluate(tasks)

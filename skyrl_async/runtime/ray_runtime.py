@@ -22,6 +22,7 @@ from skyrl_async.coordination.engine_fleet import EngineReport
 from skyrl_async.resume import Resume, start_version
 from skyrl_async.rollout.endpoint import EngineEndpoint
 from skyrl_async.runtime.engine_worker import EngineWorker, server_names
+from skyrl_async.runtime.heap import freeze_heap
 from skyrl_async.runtime.learner_worker import LearnerWorker
 from skyrl_async.runtime.ray_groups import (
     PlacedBatch,
@@ -51,7 +52,9 @@ class RayRolloutActor(RolloutWorker):
 
     async def where(self) -> dict[str, Any]:
         """Load everything; return where this actor runs."""
-        return {**await self.start(), "node": ray.get_runtime_context().get_node_id()}
+        place = await self.start()
+        freeze_heap()
+        return {**place, "node": ray.get_runtime_context().get_node_id()}
 
     async def poll_split(self, *, wait_s: float) -> tuple[RolloutReport, Tokens]:
         """Return what happened since the last report, and the tokens apart from it."""
@@ -76,7 +79,9 @@ class RayLearnerRank(LearnerWorker):
 
     def where(self) -> dict[str, Any]:
         """Load everything; return where this actor runs."""
-        return {**self.start(), "node": ray.get_runtime_context().get_node_id()}
+        place = self.start()
+        freeze_heap()
+        return {**place, "node": ray.get_runtime_context().get_node_id()}
 
     def step_placed(self, placed: PlacedBatch, *objects: Tokens) -> StepResult:
         """Train on a batch whose tokens Ray has fetched."""

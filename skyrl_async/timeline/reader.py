@@ -20,6 +20,9 @@ from skyrl_async.metrics.trace import FOLDER, FlowStage
 
 logger = logging.getLogger(__name__)
 
+COORDINATOR = "coordinator"
+"""Process and role of what hands records on: above all others, and not among the shares."""
+
 _NO_ARGS: Mapping[str, int | float | str] = {}
 _VALUE_NAMES = {"generate": "tokens"}
 """What the number of a span in a chain says, by the span's name."""
@@ -79,7 +82,8 @@ class TraceLane:
 
     Attributes:
         process: of the run that wrote it, such as ``rollout actor 0``.
-        role: whose time it is: ``learner``, ``engine``, ``slot``, ``publisher``, ...
+        role: whose time it is: ``learner``, ``engine``, ``slot``, ``publisher``,
+            ``coordinator``, ...
         name: of the row within the process.
         spans: may contain each other.
         instants: moments.
@@ -99,7 +103,7 @@ class Trace:
     """The timeline of a run.
 
     Attributes:
-        lanes: by process, in the order in which they were made.
+        lanes: by process, the coordinator first, in the order in which they were made.
         start_wall_s: when the first process began to record, seconds since 1970.
         end_s: the last event, in seconds since then.
         sections: when processes began to record, in seconds since then; those of a resumed run are
@@ -151,6 +155,7 @@ def read_trace(run_folder: Path) -> Trace:
     ]
     if not sections:
         return Trace(lanes=(), start_wall_s=0.0, end_s=0.0)
+    sections.sort(key=lambda section: section.header["process"] != COORDINATOR)
     # Wall clocks may be set; where monotonic clocks are shared, they alone decide.
     wall_minus_monotonic: dict[str, float] = {}
     starts = []

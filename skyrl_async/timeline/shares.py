@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from skyrl_async.timeline.reader import Span, Trace, TraceLane
+from skyrl_async.timeline.reader import COORDINATOR, Span, Trace, TraceLane
 
 IDLE = "idle"
 """The time in which a lane has no span; a slot then waits for admission."""
@@ -73,6 +73,8 @@ def role_shares(
 ) -> Mapping[str, Mapping[str, float]]:
     """Return role -> name -> share of the time of all lanes of the role; each adds up to 1.
 
+    The coordinator is left out: it waits for the others, so its time is nobody's work or waste.
+
     Args:
         trace: of the run.
         start_s: of the window.
@@ -81,6 +83,8 @@ def role_shares(
     end = trace.end_s if end_s is None else end_s
     totals: dict[str, dict[str, float]] = {}
     for lane in trace.lanes:
+        if lane.role == COORDINATOR:
+            continue
         parts = totals.setdefault(lane.role, {})
         for name, share in lane_shares(lane, start_s=start_s, end_s=end).items():
             parts[name] = parts.get(name, 0.0) + share

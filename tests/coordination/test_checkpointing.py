@@ -12,7 +12,7 @@ from skyrl_async.coordination.guard import CollapseGuard, GuardSettings
 from skyrl_async.coordination.ledger import LedgerState
 from skyrl_async.coordination.run_state import RunState, ledger_counts
 from skyrl_async.types import DropReason
-from tests.coordination.test_coordinator import (
+from tests.coordination.coordinator_runs import (
     BATCH,
     DEADLINE_S,
     HELDOUT,

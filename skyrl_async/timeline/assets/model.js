@@ -5,13 +5,15 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const COLORS = {
   "learner step": "#c3cede", wait: "#e8a08f", prepare: "#7fb5a4", proximal: "#8f9fd8",
   train: "#3d6db3", forward: "#6b9bdc", backward: "#2c5490", step: "#1b3257",
-  snapshot: "#a874bd", checkpoint: "#70508f",
+  snapshot: "#a874bd", checkpoint: "#70508f", save: "#70508f",
+  data: "#7fb5a4", evaluate: "#c9a227", evaluation: "#c9a227",
   decode: "#2f9e73", generate: "#2f9e73", swap: "#d23f55", recompute: "#e57f5b",
   paused: "#b39d8b", load: "#c7a6d4", transfer: "#a874bd",
   environment: "#43a0c9", other: "#878e98", wait_engine: "#e5b344", wait_group: "#d8c6a6",
 };
 const SPARE = ["#5b8c5a", "#b0763f", "#4a7fa5", "#9c5d7c", "#7d7f35", "#5f6caf"];
 const ROLE_NAMES = {slot: "slots", engine: "engines", learner: "learner", publisher: "publisher"};
+const WITHOUT_SHARES = ["coordinator"];
 const IDLE_NAMES = {slot: "waits for admission", engine: "idle", publisher: "idle"};
 
 const colorOfName = data.names.map((name, i) => COLORS[name] || SPARE[i % SPARE.length]);

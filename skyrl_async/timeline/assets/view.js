@@ -267,6 +267,7 @@ function scrollMark() {
 function drawShares() {
   const length = window_.end - window_.start, roles = new Map();
   for (const lane of lanes) {
+    if (WITHOUT_SHARES.includes(lane.role)) continue;
     const sums = roles.get(lane.role) || {total: 0, own: new Float64Array(data.names.length + 1)};
     view.own[lane.number].forEach((time, name) => { sums.own[name] += time; });
     sums.total += length;
