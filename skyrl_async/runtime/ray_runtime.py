@@ -107,6 +107,7 @@ class RemoteRollout:
 
     def __init__(self, handle: Any) -> None:
         self._handle = handle
+        self._poll = handle.poll_split.options(num_returns=2)
 
     async def submit(self, assignments: Sequence[Assignment]) -> None:
         """Start to play."""
@@ -114,8 +115,7 @@ class RemoteRollout:
 
     async def poll(self, *, wait_s: float) -> RolloutReport:
         """Return what happened since the last report."""
-        call = self._handle.poll_split.options(num_returns=2)
-        report, tokens = call.remote(wait_s=wait_s)
+        report, tokens = self._poll.remote(wait_s=wait_s)
         return place_report(await _answer(report), tokens)
 
     async def evaluate(
