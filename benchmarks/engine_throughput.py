@@ -6,9 +6,8 @@ Three measurements, all with sampling over the whole vocabulary and logprobs:
   128, against the continuous batching of `transformers` on the same model and requests, in turns;
 * short replies: 256 concurrent episodes of 6 turns, prompts and observations of 6 to 10 tokens,
   replies of 2 to 4, width 64; each next turn starts as soon as the previous reply is there;
-* swaps: replies of 48 tokens through 3 weight swaps, with the KV cache recomputed or kept. The
-  deviation is that of the engine's logprobs from a plain forward pass of each token's own version,
-  over the tokens sampled after the first swap.
+* swaps: replies of 48 tokens through 3 weight swaps, with the KV cache recomputed or kept
+  (``swap_cost.py``).
 
 Other programs only make a round slower, so each throughput is that of the best round.
 
@@ -22,18 +21,18 @@ prompt tokens and 256 new ones, on a model of 0.6 B parameters (random weights, 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import copy
 import logging
 import os
 import random
 import time
-from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from report import argument_parser, finish
+from running_engine import random_ids, running
+from swap_cost import MODES, UPDATE_SIZES, swap_row
 from transformers import (
     ContinuousBatchingConfig,
     GenerationConfig,
@@ -43,7 +42,7 @@ from transformers import (
 
 from skyrl_async.learner.tiny_policy import build_tiny_model
 from skyrl_async.rollout.embedded_engine import EmbeddedEngine
-from skyrl_async.types import Generation, Sampling
+from skyrl_async.types import Sampling
 
 TOKENS_PER_S_TARGET = 15_000
 SPEEDUP_TARGET = 3.0
@@ -51,25 +50,6 @@ SHORT_REQUESTS_PER_S_TARGET = 6_000
 
 GPU_CONCURRENT = (64, 256)
 NUM_EPISODES, TURNS = 256, 6
-NUM_SWAPPING, SWAP_NEW_TOKENS, SWAP_EVERY_STEPS, NUM_SWAPS = 64, 48, 12, 3
-UPDATE_SIZES = (0.001, 0.01, 0.1)
-"""Norm of each swap's change over the norm of the parameter."""
-
-
-@contextlib.asynccontextmanager
-async def running(model: Qwen3ForCausalLM, **options: Any) -> AsyncIterator[EmbeddedEngine]:
-    engine = EmbeddedEngine(model, **options)
-    runner = asyncio.create_task(engine.run())
-    try:
-        yield engine
-    finally:
-        runner.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await runner
-
-
-def random_ids(rng: random.Random, count: int, *, vocab_size: int) -> list[int]:
-    return rng.choices(range(vocab_size), k=count)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,90 +185,13 @@ async def short_replies(rounds: int, *, episodes_each: int) -> list[tuple[float,
     return rates
 
 
-def versions_for_swaps(update_size: float) -> list[Qwen3ForCausalLM]:
-    """Return a model whose logits are far from uniform, and one more for each swap.
-
-    The matrices are drawn anew: a padding embedding of zeros would make the smallest change large.
-    """
-    model = build_tiny_model(hidden_size=64)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=0.1, generator=generator)
-        models = [model]
-        for _ in range(NUM_SWAPS):
-            models.append(copy.deepcopy(models[-1]))
-            for parameter in models[-1].parameters():
-                noise = torch.randn(parameter.shape, generator=generator)
-                parameter.add_(noise * (update_size * parameter.norm() / noise.norm()))
-    return models
-
-
-async def swap_row(mode: Any, update_size: float) -> dict[str, Any]:
-    """Generate through all swaps; return throughput, stall and deviation."""
-    models = versions_for_swaps(update_size)
-    rng = random.Random(0)
-    prompts = [random_ids(rng, 8, vocab_size=64) for _ in range(NUM_SWAPPING)]
-    sampling = Sampling(max_tokens=SWAP_NEW_TOKENS)
-    async with running(
-        copy.deepcopy(models[0]),
-        max_concurrent=NUM_SWAPPING,
-        context_length=64,
-        kv_after_swap=mode,
-    ) as engine:
-        started = time.perf_counter()
-        tasks = [
-            asyncio.create_task(engine.generate(p, sampling, request_id=str(i)))
-            for i, p in enumerate(prompts)
-        ]
-        for version in range(1, NUM_SWAPS + 1):
-            # No reply ends before the last swap, so every step gives way exactly once.
-            for _ in range(SWAP_EVERY_STEPS):
-                await asyncio.sleep(0)
-            weights = {n: p.detach().clone() for n, p in models[version].named_parameters()}
-            await engine.load_weights(weights, policy_version=version)
-        generations = await asyncio.gather(*tasks)
-        seconds = time.perf_counter() - started
-        stats = engine.take_stats()
-    deviations = after_swap_deviations(models, prompts, generations)
-    return {
-        "kv_after_swap": mode,
-        "update_size": update_size,
-        "logprob_deviation_mean": float(deviations.mean()),
-        "logprob_deviation_max": float(deviations.max()),
-        "reprefilled_tokens": stats.reprefilled_tokens,
-        "stall_ms_per_swap": 1e3 * stats.swap_stall_s / stats.num_swaps,
-        "tokens_per_s": NUM_SWAPPING * SWAP_NEW_TOKENS / seconds,
-    }
-
-
-@torch.inference_mode()
-def after_swap_deviations(
-    models: list[Qwen3ForCausalLM], prompts: list[list[int]], generations: list[Generation]
-) -> torch.Tensor:
-    """Return the absolute logprob differences of all tokens sampled after the first swap."""
-    replies = torch.tensor([g.token_ids.tolist() for g in generations])
-    versions = torch.tensor([g.policy_versions.tolist() for g in generations])
-    logprobs = torch.tensor([g.logprobs.tolist() for g in generations])
-    contexts = torch.cat([torch.tensor(prompts), replies], dim=1)
-    parts = []
-    for version in range(1, NUM_SWAPS + 1):
-        logits = models[version](contexts).logits[:, len(prompts[0]) - 1 : -1]
-        expected = torch.log_softmax(logits, -1).gather(-1, replies.unsqueeze(-1)).squeeze(-1)
-        parts.append((expected - logprobs)[versions == version].abs())
-    return torch.cat(parts)
-
-
 def measure(*, quick: bool) -> dict[str, Any]:
     rounds = 3 if quick else 8
     ours, baseline = long_replies(
         build_tiny_model(hidden_size=128, vocab_size=320), CPU_SHAPE, rounds=rounds
     )
     short = asyncio.run(short_replies(2 * rounds, episodes_each=2))
-    swaps = [
-        asyncio.run(swap_row(mode, size)) for size in UPDATE_SIZES for mode in ("recompute", "keep")
-    ]
+    swaps = [asyncio.run(swap_row(mode, size)) for size in UPDATE_SIZES for mode in MODES]
     short_requests_per_s, short_tokens_per_s = max(short)
     return {
         "tokens_per_s": ours,

@@ -5,10 +5,8 @@ packed, and as ``transformers`` alone would do it, padded to the longest. ``padd
 microbatch only to its own longest. All have the same weights; loss and gradient must agree. The
 ways take turns, and the times are medians. Padding is not counted as tokens.
 
-*Logprobs*: the peak memory of logprobs and their gradient over a vocabulary of 151,936 words, each
-way in a process of its own: ``chunked`` is ours, ``whole`` the matrix of logits, ``torch`` is
-``torch.nn.functional.linear_cross_entropy`` where PyTorch has it. ``logprob_memory_ratio`` is the
-peak of ``chunked`` over the bytes of one matrix of logits, of which ``whole`` needs several.
+*Logprobs*: the peak memory of logprobs and their gradient over a large vocabulary
+(``logprob_memory.py``).
 
 ``mfu`` is the rate of the packed pass, by counted operations, over that of a large matrix product.
 
@@ -18,22 +16,20 @@ peak of ``chunked`` over the bytes of one matrix of logits, of which ``whole`` n
 from __future__ import annotations
 
 import copy
-import multiprocessing
 import statistics
 import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from logprob_memory import VOCABULARY, measure_logprobs
 from measuring import peak_bytes, seconds
 from report import finish, parse_args
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from skyrl_async.learner.attention import resolve_attention, use_attention
-from skyrl_async.learner.chunked_head import head_outputs
 from skyrl_async.learner.logprobs import PolicyModule
 from skyrl_async.learner.packing import Microbatch, pack, pair_cost_of
 from skyrl_async.types import TrainSequence
@@ -42,7 +38,6 @@ MIN_SPEEDUP = 3.0
 MAX_MEMORY_RATIO = 0.2
 MAX_GRADIENT_ERROR = 1e-5
 MEAN_OVER_MAX = 0.2
-REAL_VOCABULARY = 151_936
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +75,7 @@ def setup(*, quick: bool) -> Setup:
             dtype=torch.bfloat16,
             hidden_size=2048,
             num_layers=8 if quick else 24,
-            vocabulary=REAL_VOCABULARY,
+            vocabulary=VOCABULARY,
             longest=8192,
             tokens_per_microbatch=32_768,
         )
@@ -280,102 +275,6 @@ def matmul_rate(of: Setup) -> float:
     return 2 * size**3 / best
 
 
-def logprobs_alone(kind: str, num_tokens: int, width: int) -> tuple[float, int]:
-    """Return seconds and peak bytes of logprobs with gradients, in this process.
-
-    Args:
-        kind: of computation.
-        num_tokens: in one call.
-        width: of the hidden states; the weight's gradient is part of the peak.
-    """
-    torch.set_num_threads(1)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(0)
-    hidden = torch.randn(num_tokens, width, device=device).requires_grad_()
-    weight = (torch.randn(REAL_VOCABULARY, width, device=device) / 16).requires_grad_()
-    targets = torch.randint(REAL_VOCABULARY, (num_tokens,), device=device)
-    ones = torch.ones(num_tokens, device=device)
-
-    def run() -> None:
-        if kind == "chunked":
-            logprobs, _ = head_outputs(hidden, weight, targets, ones)
-        elif kind == "whole":
-            every = torch.log_softmax((hidden @ weight.T) / ones[:, None], -1)
-            logprobs = every.gather(1, targets[:, None])
-        else:
-            options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=256, acc_policy="compact")
-            logprobs = -torch.nn.functional.linear_cross_entropy(
-                hidden / ones[:, None], weight, targets, reduction="none", options=options
-            )
-        logprobs.sum().backward()
-
-    taken: list[float] = []
-    peak = peak_bytes(lambda: taken.append(seconds(run, device)), device)
-    return taken[0], peak
-
-
-def logprob_gradient_error(num_tokens: int, width: int) -> float:
-    """Return how far the gradients are from those of the plain formula, relative to the largest.
-
-    The reference makes all logits of a few tokens at a time: rows of the matrix do not depend on
-    each other, so its gradients are those of the whole matrix, summed up in float64.
-    """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(0)
-    hidden = torch.randn(num_tokens, width, device=device).requires_grad_()
-    weight = (torch.randn(REAL_VOCABULARY, width, device=device) / 16).requires_grad_()
-    targets = torch.randint(REAL_VOCABULARY, (num_tokens,), device=device)
-    shares = torch.randn(num_tokens, device=device)
-    logprobs, _ = head_outputs(hidden, weight, targets, torch.ones(num_tokens, device=device))
-    (logprobs * shares).sum().backward()
-    of_hidden, of_weight = torch.empty(hidden.shape).double(), torch.zeros(weight.shape).double()
-    exact = weight.detach().double().requires_grad_()
-    for start in range(0, num_tokens, 512):
-        part = slice(start, start + 512)
-        rows = hidden.detach()[part].double().requires_grad_()
-        every = torch.log_softmax(rows @ exact.T, -1).gather(1, targets[part, None])[:, 0]
-        gradients = torch.autograd.grad((every * shares[part].double()).sum(), (rows, exact))
-        of_hidden[part] = gradients[0].cpu()
-        of_weight += gradients[1].cpu()
-    errors = []
-    for ours, theirs in ((hidden.grad, of_hidden), (weight.grad, of_weight)):
-        assert ours is not None
-        errors.append(float((ours.cpu() - theirs).abs().max() / theirs.abs().max()))
-    return max(errors)
-
-
-def measure_logprobs(*, quick: bool) -> dict[str, Any]:
-    """Return the memory of logprobs; the whole matrix of many tokens would not fit here."""
-    many, few, width = (3072, 256, 64) if quick else (8192, 1024, 256)
-    cases = [("chunked", many), ("whole", few)]
-    if not quick:
-        cases.append(("chunked", few))
-        if hasattr(torch.nn, "LinearCrossEntropyOptions"):
-            cases.append(("torch", few))
-    rows = []
-    context = multiprocessing.get_context("spawn")
-    for kind, num_tokens in cases:
-        with ProcessPoolExecutor(1, mp_context=context) as process:
-            taken, peak = process.submit(logprobs_alone, kind, num_tokens, width).result(
-                timeout=600
-            )
-        rows.append(
-            {
-                "kind": kind,
-                "num_tokens": num_tokens,
-                "hidden_size": width,
-                "seconds": taken,
-                "peak_bytes": peak,
-                "peak_over_logits": peak / (num_tokens * REAL_VOCABULARY * 4),
-            }
-        )
-    return {
-        "logprob_memory_ratio": rows[0]["peak_over_logits"],
-        "logprob_gradient_error": logprob_gradient_error(many, width),
-        "logprob_rows": rows,
-    }
-
-
 def main() -> None:
     arguments = parse_args("Throughput and memory of the learner's forward and backward pass.")
     started = time.perf_counter()
@@ -389,7 +288,7 @@ def main() -> None:
     print(f"{'':<14}{'tokens/s':>10}{'peak MB':>10}")
     for name, rate in figures["tokens_per_s"].items():
         print(f"{name:<14}{rate:>10.0f}{figures['peak_bytes'][name] / 2**20:>10.0f}")
-    print(f"\nlogprobs over {REAL_VOCABULARY} words")
+    print(f"\nlogprobs over {VOCABULARY} words")
     print(f"{'':<14}{'tokens':>10}{'seconds':>10}{'peak MB':>10}{'over logits':>13}")
     for row in figures["logprob_rows"]:
         print(

@@ -10,9 +10,9 @@ disturb both alike.
 
 A gap is the time from the end of one decode step to the end of the next, the step included, in
 units of the control's median. Replies start at different times and prompts are short, so that no
-step has much of a prefill. On Linux's account, a gap is made of three parts: the engine's thread
-runs, is preempted (ready while other programs have its core), or is blocked (by the interpreter's
-lock, which it shares with the receiver). Figures without preemption leave the second part out.
+step has much of a prefill. Of the three parts of a gap (``decode_steps.py``), the engine is blocked
+by the interpreter's lock, which it shares with the receiver, and preempted by other programs;
+figures without preemption leave their part out.
 
     python benchmarks/publish_stall.py --quick
 """
@@ -27,14 +27,13 @@ import statistics
 import time
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import reduce
 from multiprocessing.connection import Connection
 from operator import attrgetter, getitem
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from decode_steps import Step, StepLog, time_parts, total
 from report import finish, parse_args
 from transformers import Qwen3ForCausalLM
 
@@ -117,77 +116,6 @@ def spin(model: Qwen3ForCausalLM, period_s: float) -> None:
     change(model)
     while time.perf_counter() < started_s + period_s:
         sum(range(10_000))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
-    """One decode step.
-
-    Attributes:
-        gap_s: since the previous step ended.
-        running_s: of them, on a core.
-        preempted_s: of them, ready but not on a core; 0 if the kernel does not count it.
-        tokens: sampled.
-        swaps: weights exchanged since the previous step ended.
-        swap_s: seconds of them; under ``recompute`` also of a step that recomputed contexts.
-    """
-
-    gap_s: float
-    running_s: float
-    preempted_s: float
-    tokens: int
-    swaps: int
-    swap_s: float
-
-    @property
-    def own_s(self) -> float:
-        """Seconds without preemption."""
-        return self.gap_s - self.preempted_s
-
-
-class StepLog:
-    """Writes down every decode step of an engine, from a coroutine beside it."""
-
-    def __init__(self, engine: EmbeddedEngine) -> None:
-        self._engine = engine
-        self._steps: list[Step] = []
-
-    async def run(self) -> None:
-        """Look once in every round of the event loop, which has at most one decode step."""
-        swaps, swap_s, before = 0, 0.0, read_clocks()
-        while True:
-            await asyncio.sleep(0)
-            stats = self._engine.take_stats()
-            swaps += stats.num_swaps
-            swap_s += stats.swap_stall_s
-            if not stats.decode_steps:
-                continue
-            now = read_clocks()
-            self._steps.append(
-                Step(
-                    gap_s=now[0] - before[0],
-                    running_s=now[1] - before[1],
-                    preempted_s=now[2] - before[2],
-                    tokens=stats.generated_tokens,
-                    swaps=swaps,
-                    swap_s=swap_s,
-                )
-            )
-            swaps, swap_s, before = 0, 0.0, now
-
-    def take(self) -> list[Step]:
-        """Return the steps since the previous call."""
-        steps, self._steps = self._steps, []
-        return steps
-
-
-def read_clocks() -> tuple[float, float, float]:
-    """Return the time, and how long this thread has run, and has been ready without a core."""
-    try:
-        ready_ns = int(Path("/proc/thread-self/schedstat").read_text().split()[1])
-    except FileNotFoundError:
-        ready_ns = 0
-    return time.perf_counter(), time.thread_time(), ready_ns / 1e9
 
 
 class Bench:
@@ -342,17 +270,6 @@ def compare(windows: Sequence[Mapping[Mode, Sequence[Step]]], *, seconds: str) -
         "longest_gap_decode_steps": max(publishing_s) / decode_step_s,
         "control_longest_gap_decode_steps": max(control_s) / decode_step_s,
     }
-
-
-def time_parts(steps: Sequence[Step]) -> dict[str, float]:
-    """Return milliseconds of the mean decode step by part."""
-    own, running, whole = (total(steps, part) for part in ("own_s", "running_s", "gap_s"))
-    parts = {"running_ms": running, "preempted_ms": whole - own, "blocked_ms": own - running}
-    return {name: 1e3 * seconds / len(steps) for name, seconds in parts.items()}
-
-
-def total(steps: Sequence[Step], attribute: str) -> float:
-    return sum(map(attrgetter(attribute), steps))
 
 
 def find_misses(row: Mapping[str, Any]) -> list[str]:

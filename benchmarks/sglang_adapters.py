@@ -19,18 +19,16 @@ import argparse
 import asyncio
 import base64
 import io
-import os
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from multiprocessing.reduction import ForkingPickler
-from pathlib import Path
 from typing import Any, Literal
 
 import aiohttp
 import torch
-from report import argument_parser, finish
+from report import finish
 from sglang_adapters_traffic import CONTEXT_LENGTH, NUM_REQUESTS, Load, measure
+from sglang_serving import parse_sglang_args, serving
 
 from skyrl_async.learner.lora import (
     LoraSettings,
@@ -40,9 +38,9 @@ from skyrl_async.learner.lora import (
     merged_parameters,
 )
 from skyrl_async.learner.lora_merge import MergedWeight
-from skyrl_async.learner.tiny_policy import build_tiny_model, build_tiny_tokenizer
+from skyrl_async.learner.tiny_policy import build_tiny_model
 from skyrl_async.rollout.engine_launch import ServedAdapters
-from skyrl_async.rollout.engine_process import EngineProcess, RunningServer, ServerSettings
+from skyrl_async.rollout.engine_process import RunningServer
 from skyrl_async.rollout.sglang_protocol import adapter_name, adapter_version
 from skyrl_async.weight_sync.layout import FlatBuffer, WeightLayout
 from skyrl_async.weight_sync.sglang_adapters import AdapterLoader, AdapterSettings, check_adapter
@@ -170,35 +168,20 @@ def tensors_load(policy: Policy, server: RunningServer) -> Load:
 
 async def with_server(
     size: str, args: argparse.Namespace, served: ServedAdapters | None, body: Any
-) -> Any:
-    """Return ``body(server, control)`` of a server of this size on the last core."""
-    *others, last = sorted(os.sched_getaffinity(0))
-    with tempfile.TemporaryDirectory() as folder:
-        build_tiny_model(**SHAPES[size]).save_pretrained(Path(folder) / "model")
-        build_tiny_tokenizer().save_pretrained(Path(folder) / "model")
-        settings = ServerSettings(
-            python=args.sglang_python,
-            model_path=Path(folder) / "model",
-            log_path=Path(folder) / "server.log",
-            device="cpu",
-            dtype="float32",
-            context_length=CONTEXT_LENGTH,
-            max_running_requests=NUM_REQUESTS + 1,
-            adapters=served,
-        )
-        engine = EngineProcess(settings)
-        os.sched_setaffinity(0, {last})
+) -> None:
+    """Call ``body(server, control)`` with a server of this size."""
+    async with serving(
+        SHAPES[size],
+        python=args.sglang_python,
+        context_length=CONTEXT_LENGTH,
+        max_running_requests=NUM_REQUESTS + 1,
+        adapters=served,
+    ) as server:
+        control = SglangControl(url=server.url, admin_key=server.admin_key)
         try:
-            server = await engine.start()
-            os.sched_setaffinity(0, set(others) or {last})
-            control = SglangControl(url=server.url, admin_key=server.admin_key)
-            try:
-                return await body(server, control)
-            finally:
-                await control.close()
+            await body(server, control)
         finally:
-            os.sched_setaffinity(0, {*others, last})
-            await engine.stop(timeout_s=1.0)
+            await control.close()
 
 
 async def measure_size(size: str, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -297,15 +280,8 @@ async def run(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argument_parser("An adapter against merged weights, into an SGLang server.")
-    parser.add_argument(
-        "--sglang-python",
-        type=Path,
-        default=Path(".sglang/bin/python"),
-        help="interpreter that has SGLang (default: %(default)s)",
-    )
     torch.set_num_threads(1)
-    asyncio.run(run(parser.parse_args()))
+    asyncio.run(run(parse_sglang_args("An adapter against merged weights, into an SGLang server.")))
 
 
 if __name__ == "__main__":

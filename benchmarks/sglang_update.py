@@ -21,15 +21,14 @@ import argparse
 import asyncio
 import os
 import statistics
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from report import finish
+from sglang_serving import parse_sglang_args, serving
 from sglang_update_peers import (
     CONTEXT_LENGTH,
     KV,
@@ -41,8 +40,7 @@ from sglang_update_peers import (
     work,
 )
 
-from skyrl_async.learner.tiny_policy import build_tiny_model, build_tiny_tokenizer
-from skyrl_async.rollout.engine_process import EngineProcess, RunningServer, ServerSettings
+from skyrl_async.rollout.engine_process import RunningServer
 from skyrl_async.weight_sync.collective import CollectiveSender
 from skyrl_async.weight_sync.sglang_direct import DirectSender
 
@@ -172,34 +170,20 @@ def cells_of(quick: bool) -> list[Cell]:
 
 
 async def measure_size(
-    size: str, loopback: float, args: argparse.Namespace, cpus: tuple[set[int], set[int]]
+    size: str, loopback: float, args: argparse.Namespace
 ) -> tuple[list[dict[str, Any]], str]:
     """Return the rows of one size, and SGLang's version."""
-    server_cpus, other_cpus = cpus
-    with tempfile.TemporaryDirectory() as folder:
-        model = build_tiny_model(**SHAPES[size])
-        model.save_pretrained(Path(folder) / "model")
-        del model
-        build_tiny_tokenizer().save_pretrained(Path(folder) / "model")
-        engine = EngineProcess(
-            ServerSettings(
-                python=args.sglang_python,
-                model_path=Path(folder) / "model",
-                log_path=Path(folder) / "server.log",
-                device="cpu",
-                dtype="float32",
-                context_length=CONTEXT_LENGTH,
-                max_running_requests=NUM_BESIDE + 1,
-                max_total_tokens=4096,
-                extra_args=("--incremental-streaming-output",),
-            )
-        )
-        os.sched_setaffinity(0, other_cpus)
+    async with serving(
+        SHAPES[size],
+        python=args.sglang_python,
+        context_length=CONTEXT_LENGTH,
+        max_running_requests=NUM_BESIDE + 1,
+        max_total_tokens=4096,
+        extra_args=("--incremental-streaming-output",),
+    ) as server:
+        # They inherit the cores that the server leaves.
         peers = learner, worker = Peer(learn, SHAPES[size]), Peer(work)
-        os.sched_setaffinity(0, server_cpus)
         try:
-            server = await engine.start()
-            os.sched_setaffinity(0, other_cpus)
             layout = await learner.told()
             worker.tell(layout, server.url, server.admin_key)
             bench = Bench(server, learner, worker)
@@ -209,7 +193,6 @@ async def measure_size(
         finally:
             for peer in peers:
                 peer.end()
-            await engine.stop(timeout_s=1.0)
     return [{"megabytes": size, **row} for row in rows], server.sglang_version
 
 
@@ -273,14 +256,14 @@ def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
 
 async def run(args: argparse.Namespace) -> None:
     started = time.perf_counter()
-    *others, last = sorted(os.sched_getaffinity(0))
-    cpus = ({last}, set(others) or {last})
+    everything = os.sched_getaffinity(0)
     load = os.getloadavg()[0]
-    os.sched_setaffinity(0, cpus[1])
+    os.sched_setaffinity(0, everything - {max(everything)} or everything)
     loopback = await loopback_rate()
+    os.sched_setaffinity(0, everything)
     rows, version = [], ""
     for size in ("1.5", "50") if args.quick else tuple(SHAPES):
-        of_size, version = await measure_size(size, loopback, args, cpus)
+        of_size, version = await measure_size(size, loopback, args)
         rows += of_size
         print_table(of_size)
     figures = evaluate(rows)
@@ -295,17 +278,8 @@ async def run(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Stalls of an SGLang server by new weights.")
-    parser.add_argument("--quick", action="store_true", help="small weights and few repeats")
-    parser.add_argument("--output", type=Path, help="also write the JSON object to this file")
-    parser.add_argument(
-        "--sglang-python",
-        type=Path,
-        default=Path(".sglang/bin/python"),
-        help="interpreter that has SGLang (default: %(default)s)",
-    )
     torch.set_num_threads(1)
-    asyncio.run(run(parser.parse_args()))
+    asyncio.run(run(parse_sglang_args("Stalls of an SGLang server by new weights.")))
 
 
 if __name__ == "__main__":

@@ -22,8 +22,13 @@ DEFAULT_CONFIG = Path(__file__).resolve().parent / "configs" / "sft.yaml"
 BAD_INPUT, INTERRUPTED = 2, 130
 
 
-def main(argv: Sequence[str]) -> int:
-    """Fine-tune as the command line says and return the exit code."""
+def main(argv: Sequence[str], *, owns_process: bool = False) -> int:
+    """Fine-tune as the command line says and return the exit code.
+
+    Args:
+        argv: the arguments.
+        owns_process: with several ranks, end the process instead of returning.
+    """
     arguments = _parser().parse_intermixed_args(argv)
     if arguments.keys:
         print(_describe_keys())
@@ -33,11 +38,16 @@ def main(argv: Sequence[str]) -> int:
         if arguments.print_config:
             print(dump_config(config), end="")
             return 0
-        return _run(config, dry_run=arguments.dry_run)
+        exit_code = _run(config, dry_run=arguments.dry_run)
     except ValueError as error:
         print(error, file=sys.stderr)
         print("Nothing was started. --keys lists every key.", file=sys.stderr)
         return BAD_INPUT
+    if owns_process and config.learner.num_ranks > 1 and not arguments.dry_run:
+        from skyrl_async.sft.processes import leave
+
+        leave(exit_code)
+    return exit_code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -104,7 +114,7 @@ def _describe_keys() -> str:
 
 if __name__ == "__main__":
     try:
-        exit_code = main(sys.argv[1:])
+        exit_code = main(sys.argv[1:], owns_process=True)
     except KeyboardInterrupt:
         exit_code = INTERRUPTED
     sys.exit(exit_code)

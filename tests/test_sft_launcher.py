@@ -49,6 +49,33 @@ def test_a_fine_tuning_from_the_command_line(tmp_path):
     assert (tmp_path / "run" / "policy" / "model.safetensors").exists()
 
 
+def test_several_ranks_end_with_their_exit_code_whatever_tearing_down_would_do(tmp_path):
+    games = write_games(tmp_path / "games.jsonl", 40)
+    (tmp_path / "sitecustomize.py").write_text(
+        "import atexit, os, sys\n"
+        "atexit.register(lambda: sys.argv[0].endswith('sft.py') and os._exit(99))\n"
+    )
+    folder = tmp_path / "run"
+
+    def fine_tune(*flags: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [
+                *(sys.executable, str(LAUNCHER), *SMALL, f"sft.data={games}", f"run.dir={folder}"),
+                *("learner.num_ranks=2", *flags),
+            ],
+            capture_output=True,
+            text=True,
+            timeout=100,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path)},
+        )
+
+    assert fine_tune("--dry-run").returncode == 99, "tearing down does change the code"
+    finished = fine_tune()
+    assert finished.returncode == 0, finished.stderr
+    assert f"finished after 2 steps: {folder}" in finished.stdout
+    assert (folder / "policy" / "model.safetensors").exists()
+
+
 def test_a_dry_run_says_what_would_be_done_and_leaves_nothing(tmp_path, capsys):
     games = write_games(tmp_path / "games.jsonl", 100)
     folder = tmp_path / "run"

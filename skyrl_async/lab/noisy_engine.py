@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from skyrl_async.rollout.actor import Engine
-from skyrl_async.rollout.engine_client import EngineStats
 from skyrl_async.types import Generation, Int32Array, Sampling
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class NoisyEngine:
@@ -38,6 +33,11 @@ class NoisyEngine:
         self._engine = engine
         self._std = std
         self._seed = seed
+        # All but the logprobs is the engine's own affair.
+        self.abort, self.release = engine.abort, engine.release
+        self.pause, self.resume = engine.pause, engine.resume
+        self.load_weights = engine.load_weights
+        self.run, self.take_stats = engine.run, engine.take_stats
 
     @property
     def policy_version(self) -> int:
@@ -60,31 +60,3 @@ class NoisyEngine:
         noise = random.normal(0.0, self._std, generation.logprobs.shape)
         noisy = np.minimum(generation.logprobs + noise, 0.0).astype(generation.logprobs.dtype)
         return replace(generation, logprobs=noisy)
-
-    def abort(self, request_id: str) -> None:
-        """End a request."""
-        self._engine.abort(request_id)
-
-    def release(self, session_id: str) -> None:
-        """Say that no further turn of a session will come."""
-        self._engine.release(session_id)
-
-    async def pause(self) -> None:
-        """Stop computing after the current decode step."""
-        await self._engine.pause()
-
-    async def resume(self) -> None:
-        """Go on after :meth:`pause`."""
-        await self._engine.resume()
-
-    async def load_weights(self, weights: Mapping[str, Tensor], *, policy_version: int) -> None:
-        """Replace all parameters between two decode steps."""
-        await self._engine.load_weights(weights, policy_version=policy_version)
-
-    async def run(self) -> None:
-        """Generate until cancelled."""
-        await self._engine.run()
-
-    def take_stats(self) -> EngineStats:
-        """Return what it did since the last call."""
-        return self._engine.take_stats()

@@ -45,11 +45,17 @@ def calibrate(run_folder: Path) -> Calibration:
     Raises:
         ValueError: if a file is missing, or the run was too short to measure.
     """
+    for name in ("config.yaml", "metrics.jsonl"):
+        if not (run_folder / name).is_file():
+            raise ValueError(
+                f"{run_folder} cannot be measured: it has no {name}; give the folder of a run"
+            )
     try:
         config = load_config(run_folder / "config.yaml")
         lines = (run_folder / "metrics.jsonl").read_text().splitlines()
     except (OSError, ValueError) as error:
-        raise ValueError(f"{run_folder} cannot be measured: {error}") from None
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{run_folder} cannot be measured: {reason}") from None
     metrics = [json.loads(line) for line in lines if line.endswith("}")]
     trace = read_trace(run_folder)
     if len(metrics) < _MIN_STEPS or not trace.lanes:

@@ -70,6 +70,9 @@ class DrawnEpisodes:
         waits_s: after each reply.
         max_tokens: replies are cut here; None leaves them.
         seed: of the numbers.
+
+    Raises:
+        ValueError: if a text describes no distribution, or nothing is left of a reply.
     """
 
     def __init__(
@@ -81,6 +84,8 @@ class DrawnEpisodes:
         max_tokens: int | None = None,
         seed: int = 0,
     ) -> None:
+        if max_tokens is not None and max_tokens < 1:
+            raise ValueError(f"max_tokens must be >= 1, got {max_tokens}")
         self._turns = _Stream(parse_distribution(turns), seed=seed)
         self._tokens = _Stream(parse_distribution(reply_tokens), seed=seed + 1)
         self._waits = _Stream(parse_distribution(waits_s), seed=seed + 2)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
+from functools import partial
 
 
 class VirtualPublisher:
@@ -10,8 +12,9 @@ class VirtualPublisher:
 
     Args:
         num_engines: that each version goes to.
-        publish_s: until an engine can exchange its weights.
-        stall_s: of the exchange, after which the engine acknowledges.
+        publish_s: until an engine can exchange its weights, on average.
+        spread: each engine gets each version up to this part of ``publish_s`` earlier or later.
+        stall_s: of the exchange; after the last engine's, the next version may be sent.
         after: calls something after so many seconds.
         load: called with engine and version when an engine exchanges its weights.
     """
@@ -21,12 +24,15 @@ class VirtualPublisher:
         *,
         num_engines: int,
         publish_s: float,
+        spread: float = 0.0,
         stall_s: float,
         after: Callable[[float, Callable[[], None]], None],
         load: Callable[[int, int], None],
     ) -> None:
         self._num_engines = num_engines
         self._publish_s = publish_s
+        self._spread = spread
+        self._random = random.Random(0)
         self._stall_s = stall_s
         self._after = after
         self._load = load
@@ -44,13 +50,21 @@ class VirtualPublisher:
         if version is None:
             return
         self._busy = True
+        left = set(range(self._num_engines))
 
-        def arrived() -> None:
-            for engine in range(self._num_engines):
-                self._load(engine, version)
-            self._after(self._stall_s, self._acknowledged)
+        def arrived(engine: int) -> None:
+            self._load(engine, version)
+            left.remove(engine)
+            if not left:
+                self._after(self._stall_s, self._acknowledged)
 
-        self._after(self._publish_s, arrived)
+        for engine in range(self._num_engines):
+            self._after(self._delay_s(), partial(arrived, engine))
+
+    def _delay_s(self) -> float:
+        if not self._spread:
+            return self._publish_s
+        return self._publish_s * self._random.uniform(1 - self._spread, 1 + self._spread)
 
     def _acknowledged(self) -> None:
         self._busy = False

@@ -38,14 +38,16 @@ class Hardware:
     scaling: float = 1.0
 
     def __post_init__(self) -> None:
-        if min(self.gpus_per_engine, self.learner_gpus_measured, self.gpus_per_rank) < 1:
-            raise ValueError(f"numbers of GPUs must be >= 1, got {self}")
+        for name in ("gpus_per_engine", "learner_gpus_measured", "gpus_per_rank"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
         if not 0.5 < self.scaling <= 1:
             raise ValueError(f"scaling must be in (0.5, 1], got {self.scaling}")
         if self.num_gpus < self.gpus_per_engine + self.gpus_per_rank:
             raise ValueError(
                 f"{self.num_gpus} GPUs are too few: an engine takes {self.gpus_per_engine}, a "
-                f"learner rank {self.gpus_per_rank}"
+                f"learner rank {self.gpus_per_rank}; give at least "
+                f"{self.gpus_per_engine + self.gpus_per_rank}"
             )
 
     def learner(self, times: StepTimes, *, gpus: float) -> StepTimes:

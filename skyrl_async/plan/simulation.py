@@ -78,10 +78,29 @@ class Simulation:
     Args:
         scenario: what.
         episodes: where its episodes come from.
+        rule: that the replay buffer applies in place of the scenario's; admission follows the
+            scenario all the same.
+        on_batch: called with the batch of each step, when it ends.
+
+    Attributes:
+        tokens_per_entry: tokens that one entry of a trajectory's arrays stands for.
     """
 
-    def __init__(self, scenario: Scenario, episodes: Episodes) -> None:
+    def __init__(
+        self,
+        scenario: Scenario,
+        episodes: Episodes,
+        *,
+        rule: StalenessRule | None = None,
+        on_batch: Callable[[SampledBatch], None] = lambda _: None,
+    ) -> None:
         self._s = scenario
+        self._rule = rule or StalenessRule(
+            name=scenario.rule,
+            max_staleness=scenario.max_staleness,
+            groups_per_step=scenario.groups_per_step,
+        )
+        self._on_batch = on_batch
         self._episodes = episodes
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._order = itertools.count()
@@ -90,7 +109,7 @@ class Simulation:
         self._training_since_s: float | None = None
         self._group_tokens: dict[int, float] = {}
         # Arrays hold one entry for so many tokens, so that long episodes cost no more than short.
-        self._tokens_per_entry = max(1.0, episodes.mean_tokens / _ENTRIES_PER_TRAJECTORY)
+        self.tokens_per_entry = max(1.0, episodes.mean_tokens / _ENTRIES_PER_TRAJECTORY)
         self._engines = [
             _Engine(VirtualEngine(scenario.costs.engine)) for _ in range(scenario.num_engines)
         ]
@@ -98,14 +117,15 @@ class Simulation:
         self._publisher = VirtualPublisher(
             num_engines=scenario.num_engines,
             publish_s=scenario.costs.publish_s,
+            spread=scenario.costs.publish_spread,
             stall_s=scenario.costs.engine.swap_stall_s,
             after=self._after,
             load=self._load,
         )
-        self._ledger = _make_ledger(scenario)
+        self._ledger = _make_ledger(scenario, self._rule)
         for index in range(scenario.num_engines):
             self._ledger.engine_joined(str(index), 0)
-        self._tally = Tally(max_staleness=scenario.max_staleness)
+        self._tally = Tally(max_staleness=self._rule.max_staleness)
 
     def run(self) -> Forecast:
         """Play until all steps are done.
@@ -118,10 +138,7 @@ class Simulation:
         started_s, num_events = (0.0 if not warm else None), 0
         while self._version < last:
             if not self._events or num_events > self._s.max_events:
-                raise Stuck(
-                    f"after {num_events} events at version {self._version} of {last}: "
-                    f"{self._ledger.counts()}; lower steps, or the size of the scenario"
-                )
+                raise Stuck(self._why_stuck(num_events, last))
             self._now, _, event = heapq.heappop(self._events)
             num_events += 1
             event()
@@ -129,7 +146,7 @@ class Simulation:
                 started_s = self._now
                 self._settle_engines()
                 self._ledger.take_cost()
-                self._tally = Tally(max_staleness=self._s.max_staleness)
+                self._tally = Tally(max_staleness=self._rule.max_staleness)
         self._settle_engines()
         assert started_s is not None, "the warm-up comes before the last step"
         return self._tally.forecast(
@@ -137,6 +154,19 @@ class Simulation:
             num_engines=self._s.num_engines,
             cost=self._ledger.take_cost(),
         )
+
+    def _why_stuck(self, num_events: int, last: int) -> str:
+        counts = self._ledger.counts()
+        where = (
+            f"after {num_events} events at version {self._version} of {last}, with "
+            f"{counts.in_flight} groups in flight and {counts.buffered} buffered"
+        )
+        if self._events:
+            return (
+                f"{where}: the limit is {self._s.max_events} events; lower steps, or the size of "
+                "the scenario"
+            )
+        return f"{where}: nothing is under way, and no batch of {self._s.groups_per_step} is there"
 
     def _after(self, delay_s: float, event: Callable[[], None]) -> None:
         self._at(self._now + delay_s, event)
@@ -268,7 +298,8 @@ class Simulation:
         self._after(seconds, lambda: self._end_step(batch, seconds))
 
     def _end_step(self, batch: SampledBatch, seconds: float) -> None:
-        self._tally.step(batch, busy_s=seconds, tokens_per_entry=self._tokens_per_entry)
+        self._on_batch(batch)
+        self._tally.step(batch, busy_s=seconds, tokens_per_entry=self.tokens_per_entry)
         self._version += 1
         outcome = self._ledger.commit(batch, self._version)
         for departed in outcome.departed:
@@ -292,7 +323,7 @@ class Simulation:
         for version, count in member.segments:
             counts[version] += count
         order = sorted(counts)
-        entries = [max(1, round(counts[v] / self._tokens_per_entry)) for v in order]
+        entries = [max(1, round(counts[v] / self.tokens_per_entry)) for v in order]
         entries = [min(e, _MAX_ENTRIES) for e in entries]
         length = 1 + sum(entries)
         versions = np.empty(length, np.int32)
@@ -315,11 +346,8 @@ class Simulation:
             self._tally.engine(engine.virtual.take_totals())
 
 
-def _make_ledger(scenario: Scenario) -> GroupLedger:
+def _make_ledger(scenario: Scenario, rule: StalenessRule) -> GroupLedger:
     s = scenario
-    rule = StalenessRule(
-        name=s.rule, max_staleness=s.max_staleness, groups_per_step=s.groups_per_step
-    )
     entries = 1 + 64 * _MAX_ENTRIES
     largest = s.group_size * (RECORD_OVERHEAD_BYTES + BYTES_PER_TOKEN * entries)
     slots = max_admitted(

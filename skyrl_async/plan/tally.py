@@ -73,6 +73,7 @@ class Tally:
     def forecast(self, *, seconds: float, num_engines: int, cost: StalenessCost) -> Forecast:
         """Return the rates over so many seconds."""
         entries = self._staleness.total() or 1
+        costs = cost.metrics()
         return Forecast(
             seconds=seconds,
             steps_per_s=self._steps / seconds,
@@ -85,5 +86,7 @@ class Tally:
             staleness_max=max(self._staleness, default=0),
             staleness_fractions={a: n / entries for a, n in sorted(self._staleness.items())},
             dropped_fraction=self.dropped / max(1, self.dropped + self._groups),
-            masked_fraction=cost.metrics().get("masked_fraction", 0.0),
+            masked_fraction=costs.get("masked_fraction", 0.0),
+            lost_generation_fraction=costs.get("lost_generation_fraction", 0.0),
+            lost_over_kept_length=costs.get("lost_over_kept_length"),
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, NoReturn
@@ -11,15 +10,11 @@ from typing import TYPE_CHECKING, Literal, NoReturn
 from skyrl_async.metrics.trace import NULL_TRACER, Tracing
 from skyrl_async.rollout.endpoint import EngineEndpoint
 from skyrl_async.rollout.engine_client import EngineStats
-from skyrl_async.rollout.engine_errors import (
-    EngineError,
-    EngineHangs,
-    UnsupportedServer,
-    UnverifiedWeights,
-)
+from skyrl_async.rollout.engine_errors import EngineError, UnverifiedWeights
 from skyrl_async.rollout.engine_routing import ConcurrencyLimit, Member, Router
 from skyrl_async.rollout.pool_meter import BusySpans, PoolMeter
 from skyrl_async.rollout.pool_request import CacheNamespaces, PoolRequest, fit_context
+from skyrl_async.rollout.pool_watch import PoolWatch
 from skyrl_async.rollout.sglang_client import ClientLimits, SglangClient
 from skyrl_async.rollout.sglang_protocol import Reply, new_rid
 from skyrl_async.types import FinishReason, Generation, Int32Array, Sampling
@@ -31,9 +26,6 @@ logger = logging.getLogger(__name__)
 
 _ANSWER_TIMEOUT_S = 2.0
 """For an answer that the server's scheduler is not needed for."""
-
-_MISSES = 2
-"""A busy server may be late once; one that does not answer this often in a row hangs."""
 
 
 class EnginePool:
@@ -114,8 +106,11 @@ class EnginePool:
         self._requests: dict[str, PoolRequest] = {}
         self._namespaces = CacheNamespaces(by_version=self._recomputes or adapters)
         self._newest_version = 0
-        self._changed = asyncio.Event()
-        self._unwatched: list[Member] = []
+        self._watch = PoolWatch(
+            poll_interval_s=poll_interval_s,
+            on_look=self._router.assign,
+            on_failure=self._suspect,
+        )
         self._aborts: set[asyncio.Task[None]] = set()
         self._stopped = False
 
@@ -151,7 +146,6 @@ class EnginePool:
             else:
                 self._add(endpoint)
         self._router.assign()
-        self._changed.set()
 
     def suspects(self) -> tuple[str, ...]:
         """Return the ids of engines found dead or hanging, which get no new requests."""
@@ -181,15 +175,7 @@ class EnginePool:
             RuntimeError: if a server is too old.
         """
         try:
-            async with asyncio.TaskGroup() as watchers:
-                while True:
-                    self._changed.clear()
-                    members, self._unwatched = self._unwatched, []
-                    for member in members:
-                        watchers.create_task(self._watch(member))
-                    await self._changed.wait()
-        except ExceptionGroup as group:
-            raise group.exceptions[0] from None
+            await self._watch.run()
         finally:
             self._stopped = True
             self._router.fail_waiting(RuntimeError("the engine pool stopped"))
@@ -258,7 +244,7 @@ class EnginePool:
         lane = self._tracer.lane(role="engine", name=f"decode on {endpoint.engine_id}")
         member = Member(client, ConcurrencyLimit(self._max_concurrent), busy=BusySpans(lane))
         self._router.members[endpoint.engine_id] = member
-        self._unwatched.append(member)
+        self._watch.add(member)
 
     def _remove(self, member: Member) -> None:
         self._newest_version = self.policy_version
@@ -357,42 +343,6 @@ class EnginePool:
         member.failure = error
         if not self._waits_for_engines:
             self._router.fail_waiting(error)
-
-    async def _watch(self, member: Member) -> None:
-        """Look at one engine until it leaves the pool; then close its connections."""
-        try:
-            while not member.removed.is_set():
-                await self._look_at(member)
-                self._router.assign()
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(self._poll_interval_s):
-                        await member.removed.wait()
-            await asyncio.gather(*member.aborts, return_exceptions=True)
-        finally:
-            await member.client.close()
-
-    async def _look_at(self, member: Member) -> None:
-        """Ask an engine how it is.
-
-        Raises:
-            UnsupportedServer: if it is too old.
-        """
-        client = member.client
-        try:
-            if not member.greeted:
-                await client.server_info()
-            elif member.failure is not None:
-                await client.check_generates()
-            await client.reported_version()
-            member.observe(await client.loads())
-        except EngineError as error:
-            if isinstance(error, UnsupportedServer):
-                raise
-            member.misses += 1
-            if member.misses >= _MISSES or not isinstance(error, EngineHangs):
-                self._suspect(member, error)
-        else:
-            member.greeted, member.failure, member.misses = True, None, 0
 
 
 def _refuse(name: str) -> NoReturn:

@@ -5,27 +5,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import math
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
-from skyrl_async.rollout import engine_process
 from skyrl_async.rollout.engine_launch import EngineStartError, ServerSettings
 from skyrl_async.rollout.engine_process import EngineProcess, RunningServer
 from skyrl_async.rollout.guarded_process import ExitReport
+from skyrl_async.rollout.hang_watch import HangWatch, Probe
 
 logger = logging.getLogger(__name__)
 
-_FIRST = asyncio.FIRST_COMPLETED
-
 EngineState = Literal["starting", "healthy", "down"]
-
-_LOOP_LAG_S = 0.5
-"""When a probe took this much longer than it may, it was our own loop that did not run."""
 
 
 class ServerProcess(Protocol):
@@ -140,23 +132,22 @@ class EngineSupervisor:
         limits: RestartLimits | None = None,
         on_change: Callable[[], None] = lambda: None,
         make_process: Callable[[ServerSettings], ServerProcess] = EngineProcess,
-        probe: Callable[[RunningServer, float], Awaitable[None]] | None = None,
+        probe: Probe | None = None,
         log_age_s: Callable[[], float] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        if not 0 < probe_interval_s < hang_timeout_s:
-            raise ValueError(
-                f"probe_interval_s must be > 0 and below hang_timeout_s {hang_timeout_s:g}, "
-                f"got {probe_interval_s:g}"
-            )
         self._settings = settings
-        self._hang_timeout_s = hang_timeout_s
-        self._probe_interval_s = probe_interval_s
+        self._hangs = HangWatch(
+            hang_timeout_s=hang_timeout_s,
+            probe_interval_s=probe_interval_s,
+            log_path=settings.log_path,
+            probe=probe,
+            log_age_s=log_age_s,
+            clock=clock,
+        )
         self._limits = limits or RestartLimits()
         self._on_change = on_change
         self._make_process = make_process
-        self._probe = probe or _probe
-        self._log_age_s = log_age_s or partial(_age_s, settings.log_path)
         self._clock = clock
         self._status = EngineStatus(state="starting")
         self._changed = asyncio.Event()
@@ -164,8 +155,6 @@ class EngineSupervisor:
         self._task: asyncio.Task[None] | None = None
         self._failure: EngineStartError | None = None
         self._closed = False
-        self._silences: dict[object, float] = {}
-        self._silence_ended_s = clock()
 
     @property
     def status(self) -> EngineStatus:
@@ -226,13 +215,8 @@ class EngineSupervisor:
         For loads of weights, which keep the scheduler from answering. The end of a process is
         noticed all the same.
         """
-        token = object()
-        self._silences[token] = self._clock() + timeout_s
-        try:
+        with self._hangs.expect_silence(timeout_s):
             yield
-        finally:
-            ended_s = min(self._clock(), self._silences.pop(token))
-            self._silence_ended_s = max(self._silence_ended_s, ended_s)
 
     def restart(self, reason: str) -> None:
         """Take a healthy server down at once, to be killed and started again.
@@ -321,55 +305,18 @@ class EngineSupervisor:
         """Return why the server is not healthy any more."""
         ended = asyncio.create_task(engine.wait())
         unwanted = asyncio.create_task(self._restart_wanted.wait())
-        over = {ended, unwanted}
-        heard_s = self._clock()
         try:
-            while True:
-                await asyncio.wait(over, timeout=self._probe_interval_s, return_when=_FIRST)
-                if not (ended.done() or unwanted.done() or self._is_silent()):
-                    heard_s = await self._ask(server, over, heard_s=heard_s)
-                    # A flooded server answers late, but its scheduler goes on writing its log.
-                    heard_s = max(heard_s, self._clock() - self._log_age_s())
-                if unwanted.done():
-                    return self._status.detail
-                if ended.done():
-                    report = ended.result()
-                    first = f"the server ended with return code {report.returncode}"
-                    return "\n  ".join((first, *report.last_lines))
-                quiet_s = self._clock() - max(heard_s, self._silence_ended_s)
-                if quiet_s >= self._hang_timeout_s and not self._is_silent():
-                    return f"the server hung: no answer to a probe for {quiet_s:.1f} s"
+            quiet_s = await self._hangs.wait_hung(server, over={ended, unwanted})
+            if unwanted.done():
+                return self._status.detail
+            if ended.done():
+                report = ended.result()
+                first = f"the server ended with return code {report.returncode}"
+                return "\n  ".join((first, *report.last_lines))
+            return f"the server hung: no answer to a probe for {quiet_s:.1f} s"
         finally:
             ended.cancel()
             unwanted.cancel()
-
-    async def _ask(
-        self, server: RunningServer, over: set[asyncio.Task[Any]], *, heard_s: float
-    ) -> float:
-        """Probe once, or until there is no need to; return when it was last known to answer."""
-        sent_s = self._clock()
-        quiet_s = sent_s - max(heard_s, self._silence_ended_s)
-        limit_s = max(self._hang_timeout_s - quiet_s, self._probe_interval_s)
-        answer = asyncio.ensure_future(self._probe(server, limit_s))
-        try:
-            await asyncio.wait({answer, *over}, return_when=_FIRST)
-            if not answer.done():
-                return heard_s
-            with contextlib.suppress(OSError):  # A TimeoutError is one.
-                answer.result()
-                return self._clock()
-        finally:
-            answer.cancel()
-        now_s = self._clock()
-        return now_s if now_s - sent_s > limit_s + _LOOP_LAG_S else heard_s
-
-    def _is_silent(self) -> bool:
-        now_s = self._clock()
-        for token, until_s in self._silences.items():
-            if until_s > now_s:
-                return True
-            self._silence_ended_s = max(self._silence_ended_s, self._silences[token])
-        return False
 
     def _set(
         self,
@@ -391,15 +338,3 @@ class EngineSupervisor:
         # Whoever waits now is woken; whoever comes later waits for the next change.
         self._changed.set()
         self._changed = asyncio.Event()
-
-
-def _age_s(path: Path) -> float:
-    """Return the seconds since a file was written; infinity if it is not there."""
-    try:
-        return time.time() - path.stat().st_mtime
-    except OSError:
-        return math.inf
-
-
-async def _probe(server: RunningServer, timeout_s: float) -> None:
-    await engine_process.probe(server, timeout_s=timeout_s)

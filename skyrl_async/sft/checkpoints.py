@@ -72,6 +72,11 @@ class SftCheckpoints:
         self._writer = StateWriter(rank=ranks.rank, num_ranks=ranks.num_ranks, timeout_s=timeout_s)
         self._begun: _Begun | None = None
 
+    @property
+    def is_writing(self) -> bool:
+        """Whether one was begun and not ended."""
+        return self._begun is not None
+
     def begin(self, state: RunState) -> None:
         """Copy the learner's state and begin to write it.
 

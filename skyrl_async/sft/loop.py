@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from enum import IntEnum
-from pathlib import Path
 
 import torch
 
-from skyrl_async.config import Config
 from skyrl_async.config_loading import dump_config
 from skyrl_async.coordination.run_state import RunState
 from skyrl_async.learner.learner import Learner
 from skyrl_async.learner.rank_group import RankGroup
 from skyrl_async.metrics.ledger import TimeLedger
+from skyrl_async.metrics.trace import Tracing, open_tracer
 from skyrl_async.runtime.learner_build import build_learner, build_ranks, save_whole_policy
 from skyrl_async.sft.checkpoints import SftCheckpoints, restore
 from skyrl_async.sft.data import DemonstrationSet, batch_at
@@ -23,6 +22,10 @@ from skyrl_async.sft.trainer import DemonstrationTrainer, StepOutcome
 
 MAX_SKIPPED_IN_A_ROW = 10
 """So many steps whose loss or gradient is not finite, one after the other, end the training."""
+
+
+_PARTS = ("load", "other", "data", "train", "step", "evaluate", "checkpoint", "save")
+"""Of a rank's time: loading the policy, and in the end saving it; ``data`` chooses and packs."""
 
 
 class Stop(IntEnum):
@@ -71,9 +74,12 @@ class SftLoop:
         self._saved_step = plan.first_step if plan.resume_from is not None else -1
         self._skipped_in_a_row = 0
         self._ranks = build_ranks(plan.config, rank=rank, store_address=store_address)
+        self._tracer = _open_tracer(plan, rank)
+        self._lane = self._tracer.lane(role="learner", name=f"rank {rank}")
+        self._ledger = TimeLedger("learner", parts=_PARTS, lane=self._lane)
         try:
-            self._learner = _build(plan.config, self._ranks, plan.resume_from)
-            self._trainer = DemonstrationTrainer(self._learner)
+            self._learner = _build(plan, self._ranks, self._ledger)
+            self._trainer = DemonstrationTrainer(self._learner, ledger=self._ledger)
             self._checkpoints = SftCheckpoints(
                 plan.folder,
                 learner=self._learner,
@@ -83,14 +89,19 @@ class SftLoop:
                 timeout_s=plan.config.checkpoint.timeout_s,
             )
         except BaseException:
-            self._ranks.close()
+            self._close()
             raise
+        self._ledger.switch_to("other")
 
     def __enter__(self) -> SftLoop:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def _close(self) -> None:
         self._ranks.close()
+        self._tracer.close()
 
     def run(self) -> Stop:
         """Train to the end or until stopped, then write a checkpoint and the policy.
@@ -110,19 +121,12 @@ class SftLoop:
         self._end_saving()
         if stop is not Stop.SIGNAL:
             folder = self._plan.folder / "policy"
-            save_whole_policy(self._learner, self._plan.config, self._ranks, folder)
+            with self._ledger.part("save"):
+                save_whole_policy(self._learner, self._plan.config, self._ranks, folder)
         return stop
 
     def _one_step(self) -> Stop:
-        config = self._plan.config
-        indices = batch_at(
-            self._step,
-            num_examples=len(self._data.training),
-            examples_per_step=config.sft.examples_per_step,
-            seed=config.seed,
-        )
-        outcome = self._trainer.step([self._data.training[i] for i in indices])
-        self._step += 1
+        outcome = self._train()
         self._check(outcome)
         self._end_saving()
         stop = self._agreed_stop()
@@ -136,6 +140,22 @@ class SftLoop:
                 eval_loss=loss,
             )
         return stop
+
+    def _train(self) -> StepOutcome:
+        config = self._plan.config
+        with self._ledger.part("data"):
+            started_s = self._ledger.since_s
+            indices = batch_at(
+                self._step,
+                num_examples=len(self._data.training),
+                examples_per_step=config.sft.examples_per_step,
+                seed=config.seed,
+            )
+            outcome = self._trainer.step([self._data.training[i] for i in indices])
+        self._step += 1
+        args = {"policy_version": self._step, "tokens": outcome.num_tokens}
+        self._lane.span("learner step", started_s, self._ledger.since_s, args)
+        return outcome
 
     def _check(self, outcome: StepOutcome) -> None:
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if outcome.grad_norm is None else 0
@@ -157,23 +177,33 @@ class SftLoop:
         return last or (every > 0 and self._step % every == 0)
 
     def _held_out_loss(self) -> float:
-        return self._trainer.mean_loss(self._data.held_out)
+        with self._ledger.part("evaluate"):
+            return self._trainer.mean_loss(self._data.held_out)
 
     def _save(self) -> None:
         state = RunState(step=self._step, policy_version=self._step)
         if self._report is not None:
             state = self._report.state()
-        self._checkpoints.begin(state)
+        with self._ledger.part("checkpoint"):
+            self._checkpoints.begin(state)
         self._saved_step = self._step
 
     def _end_saving(self) -> None:
-        seconds = self._checkpoints.end()
+        if not self._checkpoints.is_writing:
+            return
+        with self._ledger.part("checkpoint"):
+            seconds = self._checkpoints.end()
         if seconds is not None and self._report is not None:
             self._report.saved(seconds)
 
 
-def _build(config: Config, ranks: RankGroup, resume_from: Path | None) -> Learner:
-    learner = build_learner(config, ranks, ledger=TimeLedger("learner", parts=("train",)))
-    if resume_from is not None:
-        restore(learner, ranks, resume_from)
+def _open_tracer(plan: SftPlan, rank: int) -> Tracing:
+    folder = plan.folder if plan.config.logging.trace else None
+    return open_tracer(folder, process=f"learner {rank}")
+
+
+def _build(plan: SftPlan, ranks: RankGroup, ledger: TimeLedger) -> Learner:
+    learner = build_learner(plan.config, ranks, ledger=ledger)
+    if plan.resume_from is not None:
+        restore(learner, ranks, plan.resume_from)
     return learner

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
+from typing import NoReturn
 
 from skyrl_async.sft.data import DemonstrationSet
 from skyrl_async.sft.plan import SftPlan
@@ -80,11 +81,18 @@ def run_rank(plan: SftPlan, data: DemonstrationSet, rank: int, address: tuple[st
 
     with SftLoop(plan, data, rank=rank, store_address=address) as loop:
         loop.run()
+    leave(0)
+
+
+def leave(exit_code: int) -> NoReturn:
+    """End this process, whose files are all written, without tearing its interpreter down.
+
+    One that has had process groups aborts there now and then, because a thread of theirs is not
+    joined: the exit code would tell of a failure.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
-    # Tearing down an interpreter that has had process groups aborts now and then: a thread of
-    # theirs is not joined.
-    os._exit(0)
+    os._exit(exit_code)
 
 
 def _failed(processes: list[BaseProcess]) -> str:

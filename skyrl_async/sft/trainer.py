@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from skyrl_async.learner.learner import Learner
 from skyrl_async.learner.logprobs import token_outputs
 from skyrl_async.learner.minibatches import Minibatch, make_minibatches
+from skyrl_async.learner.time_parts import Ledger, NullLedger
 from skyrl_async.types import TrainSequence
 
 
@@ -50,27 +52,24 @@ class DemonstrationTrainer:
 
     Args:
         learner: with the policy and its optimizer; its algorithm has no part in this.
+        ledger: told where the time of a step goes: ``train`` with its forward and backward passes,
+            ``step``, and whatever part runs around them.
     """
 
-    def __init__(self, learner: Learner) -> None:
+    def __init__(self, learner: Learner, *, ledger: Ledger | None = None) -> None:
         self._learner = learner
         self._trainer = learner.trainer
         self._ranks = learner.trainer.ranks
+        self._ledger = ledger or NullLedger()
 
     def step(self, sequences: Sequence[TrainSequence]) -> StepOutcome:
         """Take one optimizer step on a batch; count it as a policy version of the learner."""
         minibatch = self._minibatch(sequences)
         count = _num_tokens(minibatch)
-        loss, entropy = torch.zeros(2, dtype=torch.float64, device=self._ranks.device).unbind()
-        self._trainer.zero_grad()
-        for microbatch in minibatch.microbatches:
-            outputs = token_outputs(self._trainer.module, microbatch)
-            part = -outputs.logprobs.sum() / count
-            part.backward()
-            if self._ranks.counts:
-                loss += part.detach()
-                entropy += outputs.entropy.detach().sum() / count
-        grad_norm = self._trainer.apply(loss)
+        with self._ledger.part("train"):
+            loss, entropy = self._accumulate(minibatch, count)
+        with self._ledger.part("step"):
+            grad_norm = self._trainer.apply(loss)
         self._learner.policy_version += 1
         return StepOutcome(
             loss=float(loss),
@@ -78,6 +77,21 @@ class DemonstrationTrainer:
             grad_norm=grad_norm,
             num_tokens=count,
         )
+
+    def _accumulate(self, minibatch: Minibatch, count: int) -> tuple[Tensor, Tensor]:
+        """Accumulate the gradient; return this rank's parts of the mean loss and entropy."""
+        loss, entropy = torch.zeros(2, dtype=torch.float64, device=self._ranks.device).unbind()
+        self._trainer.zero_grad()
+        for microbatch in minibatch.microbatches:
+            with self._ledger.detail("forward"):
+                outputs = token_outputs(self._trainer.module, microbatch)
+                part = -outputs.logprobs.sum() / count
+            with self._ledger.detail("backward"):
+                part.backward()
+            if self._ranks.counts:
+                loss += part.detach()
+                entropy += outputs.entropy.detach().sum() / count
+        return loss, entropy
 
     @torch.no_grad()
     def mean_loss(self, sequences: Sequence[TrainSequence]) -> float:

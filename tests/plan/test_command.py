@@ -52,16 +52,30 @@ def test_a_split_is_recommended(capsys):
     ("arguments", "reason"),
     [
         (("--sweep", "speed=1"), "give NAME=V1,V2"),
-        (("--sweep", "staleness=a"), "must be integers"),
+        (("--sweep", "staleness=a"), "got 'a'; give an integer of at least 0"),
+        (("--sweep", "group_size=4,0"), "got '0'; give an integer of at least 1"),
         (("--recommend",), "say how many with --gpus"),
+        (("--colocated",), "--colocated divides GPUs; say how many with --gpus"),
+        (("--gpus", "0"), "argument --gpus: got '0'; give an integer of at least 1"),
         (("--gpus", "1"), "too few"),
-        (("--reply-tokens", "gauss:1"), "is no distribution"),
-        (("--staleness", "-1"), "max_staleness must be >= 0"),
-        (("--calibrate", "/nowhere"), "cannot be measured"),
+        (("--gpus", "4", "--engines", "4"), "give --engines of at most 3, or --recommend"),
+        (("--gpus", "4", "--scaling", "2"), "scaling must be in (0.5, 1], got 2.0"),
+        (("--reply-tokens", "gauss:1"), "argument --reply-tokens: 'gauss:1' is no distribution"),
+        (("--latency-s", "trace:/nowhere,seconds"), "cannot read numbers from /nowhere"),
+        (("--staleness", "-1"), "--staleness: got '-1'; give an integer of at least 0"),
+        (("--publish-s", "nan"), "--publish-s: got 'nan'; give a finite number of at least 0"),
+        (("--prompt-tokens", "many"), "--prompt-tokens: got 'many'; give a finite number"),
+        (("--max-tokens", "0"), "--max-tokens: got '0'; give an integer of at least 1"),
+        (("--max-times-sampled", "2", "--rule", "pace"), "take the rule mask or drop"),
+        (("--rule", "old"), "argument --rule: invalid choice: 'old' (choose from 'mask', "),
+        (("--speed", "3"), "unknown arguments: --speed 3; --help lists the options"),
+        (("--calibrate", "/nowhere"), "cannot be measured: it has no config.yaml; give"),
     ],
 )
-def test_a_wrong_argument_ends_with_2_and_the_reason(arguments, reason, capsys):
+def test_a_wrong_argument_ends_with_2_and_the_reason_in_one_line(arguments, reason, capsys):
     with pytest.raises(SystemExit) as ended:
         main([*FIGURES, *arguments])
     assert ended.value.code == 2
-    assert reason in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert reason in said
+    assert said.startswith("python -m skyrl_async.plan: ") and said.count("\n") == 1

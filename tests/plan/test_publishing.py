@@ -13,16 +13,40 @@ def test_one_version_is_on_its_way_and_the_newest_one_waits_for_its_arrival():
     publisher.publish(1)
     publisher.publish(2)
     publisher.publish(3)  # in place of 2
-    [(delay_s, arrived)] = calls
-    assert (delay_s, loads) == (3.0, [])
-    arrived()
+    assert ([delay_s for delay_s, _ in calls], loads) == ([3.0, 3.0], [])
+    calls[0][1]()
+    assert (loads, len(calls)) == ([(0, 1)], 2)
+    calls[1][1]()
     assert loads == [(0, 1), (1, 1)]
     # The engines acknowledge after their stall; only then is the next one sent.
-    delay_s, acknowledged = calls[1]
-    assert (delay_s, len(calls)) == (0.5, 2)
+    delay_s, acknowledged = calls[2]
+    assert (delay_s, len(calls)) == (0.5, 3)
     acknowledged()
-    assert calls[2][0] == 3.0
-    calls[2][1]()
+    assert [delay_s for delay_s, _ in calls[3:]] == [3.0, 3.0]
+    for _, arrived in calls[3:]:
+        arrived()
     assert loads[2:] == [(0, 3), (1, 3)]
-    calls[3][1]()
-    assert len(calls) == 4
+    calls[5][1]()
+    assert len(calls) == 6
+
+
+def test_with_a_spread_every_engine_gets_every_version_at_its_own_time():
+    delays, loads = [], []
+
+    def after(delay_s, event):
+        delays.append(delay_s)
+        event()
+
+    publisher = VirtualPublisher(
+        num_engines=50,
+        publish_s=2.0,
+        spread=0.5,
+        stall_s=0.0,
+        after=after,
+        load=lambda engine, version: loads.append((engine, version)),
+    )
+    publisher.publish(1)
+    *arrivals, acknowledged = delays
+    assert loads == [(engine, 1) for engine in range(50)] and acknowledged == 0.0
+    assert 1.0 <= min(arrivals) < 1.2 and 2.8 < max(arrivals) <= 3.0
+    assert len(set(arrivals)) == 50

@@ -2,11 +2,13 @@ from dataclasses import replace
 
 import pytest
 
+from skyrl_async.coordination.staleness import StalenessRule
 from skyrl_async.plan.episodes import DrawnEpisodes, Episode, RecordedEpisodes
 from skyrl_async.plan.scenario import Costs, Scenario
 from skyrl_async.plan.simulation import Simulation, Stuck
 from skyrl_async.simulate.step_times import StepTimes
 from skyrl_async.simulate.virtual_engine import EngineTimes
+from skyrl_async.types import SampledBatch
 
 HEAVY = {"turns": "uniform:1,4", "reply_tokens": "lognormal:20,1.0", "waits_s": "exponential:0.2"}
 
@@ -87,6 +89,32 @@ def test_a_recomputed_context_costs_after_every_swap():
     assert play(replace(shape, costs=kept)).tokens_per_s > 1.2 * play(shape).tokens_per_s
 
 
+def test_another_rule_may_be_applied_to_the_batches_and_each_is_shown():
+    shape = scenario(max_staleness=1, step_s=0.2, publish_s=0.1, num_engines=2)
+    episodes = DrawnEpisodes(**HEAVY)
+    nothing = StalenessRule(name="mask", max_staleness=1000, groups_per_step=4)
+    oldest: list[int] = []
+
+    def look(batch: SampledBatch) -> None:
+        oldest.append(batch.train_version - min(g.group.min_policy_version for g in batch.groups))
+
+    said = Simulation(shape, episodes, rule=nothing, on_batch=look).run()
+    assert len(oldest) == 45
+    assert said.staleness_max > 1 and max(oldest) >= said.staleness_max
+    assert said.masked_fraction == said.lost_generation_fraction == 0.0
+
+
+def test_what_a_bound_loses_is_forecast():
+    shape = scenario(max_staleness=1, step_s=0.2, publish_s=0.1, num_engines=2)
+    masked, dropped = play(shape), play(replace(shape, rule="drop"))
+    assert masked.lost_generation_fraction > 0 and masked.masked_fraction > 0
+    assert dropped.lost_generation_fraction > masked.lost_generation_fraction
+    assert dropped.lost_over_kept_length is not None and dropped.lost_over_kept_length > 1
+    synchronous = play(replace(shape, max_staleness=0))
+    assert synchronous.lost_generation_fraction == 0
+    assert synchronous.lost_over_kept_length is None
+
+
 def test_the_same_scenario_gives_the_same_forecast():
     shape = scenario(max_staleness=2, step_s=0.3)
     assert play(shape) == play(shape)
@@ -111,9 +139,17 @@ def test_wrong_values_are_refused():
         Episode(reply_tokens=(3,), waits_s=())
     with pytest.raises(ValueError, match="no episode was recorded"):
         RecordedEpisodes([])
-    with pytest.raises(ValueError, match="num_engines must be >= 1, got 0"):
+    with pytest.raises(ValueError, match="num_engines must be >= 1 and finite, got 0"):
         Scenario(num_engines=0)
     with pytest.raises(ValueError, match="max_staleness must be >= 0"):
         Scenario(max_staleness=-1)
-    with pytest.raises(ValueError, match="times must be >= 0"):
+    with pytest.raises(ValueError, match=r"times must be finite and >= 0, got -1\.0 for publish_s"):
         Costs(publish_s=-1.0)
+    with pytest.raises(ValueError, match=r"publish_spread must be in 0\.\.1, got 2"):
+        Costs(publish_spread=2)
+    with pytest.raises(ValueError, match="prompt_tokens must be >= 0 and finite, got nan"):
+        Scenario(prompt_tokens=float("nan"))
+    with pytest.raises(ValueError, match="rule pace uses every group once"):
+        Scenario(rule="pace", max_times_sampled=2)
+    with pytest.raises(ValueError, match="max_tokens must be >= 1, got 0"):
+        DrawnEpisodes(reply_tokens="fixed:3", max_tokens=0)

@@ -23,6 +23,9 @@ from skyrl_async.sft.data import load_demonstration_set
 from skyrl_async.sft.loop import SftLoop
 from skyrl_async.sft.run import train
 from skyrl_async.sft.trainer import DemonstrationTrainer
+from skyrl_async.timeline.__main__ import main as draw_timeline
+from skyrl_async.timeline.reader import TraceLane, read_trace
+from skyrl_async.timeline.shares import role_shares
 from tests.sft.demonstrations import write_games
 
 SMALL = (
@@ -118,6 +121,46 @@ def test_a_fine_tuning_leaves_what_it_promises(tmp_path, games):
     assert {"model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"} <= {
         p.name for p in (folder / "policy").iterdir()
     }
+
+
+def spans_of(lane: TraceLane, *names: str) -> list[tuple[float, float]]:
+    return [(span.start_s, span.end_s) for span in lane.spans if span.name in names]
+
+
+def inside(inner: list[tuple[float, float]], outer: list[tuple[float, float]]) -> bool:
+    return all(any(a <= start and end <= b for a, b in outer) for start, end in inner)
+
+
+def test_the_timeline_has_every_step_of_a_fine_tuning(tmp_path, games, capsys):
+    folder = tmp_path / "run"
+    fine_tune(folder, games, "checkpoint.every_steps=4")
+    (lane,) = read_trace(folder).lanes
+    assert (lane.process, lane.role, lane.name) == ("learner 0", "learner", "rank 0")
+    steps = [span for span in lane.spans if span.name == "learner step"]
+    assert [span.args["policy_version"] for span in steps] == list(range(1, 9))
+    summary = json.loads((folder / "summary.json").read_text())
+    assert sum(int(span.args["tokens"]) for span in steps) == summary["tokens_trained"]
+    around = spans_of(lane, "learner step")
+    for name in ("data", "train", "step"):
+        assert len(spans_of(lane, name)) >= 8 and inside(spans_of(lane, name), around), name
+    passes = spans_of(lane, "forward", "backward")
+    assert len(passes) == 16 and inside(passes, spans_of(lane, "train"))
+    # Held out after steps 3, 6 and 8; written after 4 and 8, each with its begin and its end.
+    assert len(spans_of(lane, "evaluate")) == 3 and len(spans_of(lane, "checkpoint")) == 4
+    (load,), (save,) = spans_of(lane, "load"), spans_of(lane, "save")
+    assert load[1] <= around[0][0] and around[-1][1] <= save[0]
+    assert sum(role_shares(read_trace(folder))["learner"].values()) == pytest.approx(1.0)
+    assert draw_timeline([str(folder)]) == 0 and "learner" in capsys.readouterr().out
+    assert (folder / "timeline.html").is_file() and (folder / "timeline.json").is_file()
+    # A longer one goes on in the same lane.
+    fine_tune(folder, games, "run.resume=auto", "sft.epochs=3")
+    (lane,) = read_trace(folder).lanes
+    assert len(spans_of(lane, "learner step")) == 12 and len(spans_of(lane, "load")) == 2
+
+
+def test_without_tracing_there_is_no_timeline(tmp_path, games):
+    fine_tune(tmp_path / "run", games, "logging.trace=false", "sft.epochs=1")
+    assert not (tmp_path / "run" / "trace").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -267,6 +310,10 @@ def test_two_ranks_leave_the_policy_of_one(tmp_path, games):
         torch.testing.assert_close(ours[name], tensor, rtol=1e-3, atol=1e-4)
     for a, b in zip(rows_of(alone), rows_of(shared), strict=True):
         assert a["sft/loss"] == pytest.approx(b["sft/loss"], rel=1e-4)
+    assert [
+        (lane.process, lane.name, len(spans_of(lane, "learner step")))
+        for lane in read_trace(shared).lanes
+    ] == [("learner 0", "rank 0", 8), ("learner 1", "rank 1", 8)]
     # What two ranks wrote, one goes on with.
     again = fine_tune(tmp_path / "again", games, f"run.resume={shared}", "sft.epochs=3")
     assert (again["status"], again["resumed_from_step"], again["steps"]) == ("finished", 8, 12)

@@ -115,8 +115,8 @@ def test_a_folder_without_a_timeline_is_refused(tmp_path, capsys, folder):
     assert str(tmp_path / folder) in capsys.readouterr().err
 
 
-def body_of(url: str, profile: Path) -> dict[str, str]:
-    """Return the data attributes of the page's body after a browser has drawn it."""
+def drawn_page(url: str, profile: Path) -> str:
+    """Return the page as it is after a browser has drawn it."""
     quiet = ("background-networking", "component-update", "sync", "gpu", "quic")
     command = [
         *(str(CHROMIUM), "--headless", "--no-sandbox", "--no-first-run", "--window-size=1200,800"),
@@ -124,8 +124,14 @@ def body_of(url: str, profile: Path) -> dict[str, str]:
         *(f"--user-data-dir={profile}", "--dump-dom", url),
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    body = re.search(r"<body([^>]*)>", done.stdout)
-    assert body is not None, done.stderr
+    assert "<body" in done.stdout, done.stderr
+    return done.stdout
+
+
+def body_of(url: str, profile: Path) -> dict[str, str]:
+    """Return the data attributes of the page's body after a browser has drawn it."""
+    body = re.search(r"<body([^>]*)>", drawn_page(url, profile))
+    assert body is not None
     return dict(re.findall(r'data-([\w-]+)="([^"]*)"', body[1]))
 
 
@@ -144,6 +150,19 @@ def test_a_browser_draws_every_lane(tmp_path):
     assert drawn["window"] == "3050000-3300000"
     # Of them only the transfer goes on then: a row of 20 pixels beside the names.
     assert int(drawn["pixels"]) == (1200 - 190) * 20
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(not CHROMIUM.exists(), reason="needs /usr/bin/chromium")
+def test_a_browser_draws_the_coordinator_without_shares(tmp_path):
+    waiting = lane(("wait", 0, 4), process="coordinator", role="coordinator")
+    learning = lane(("train", 0, 3), process="learner 0", role="learner")
+    (tmp_path / "t.html").write_text(page(trace(waiting, learning), title="t"))
+
+    drawn = drawn_page((tmp_path / "t.html").as_uri(), tmp_path / "profile")
+
+    assert re.findall(r'<div class="role"><b>(\w+)</b>', drawn) == ["learner"]
+    assert 'data-lanes="2"' in drawn
 
 
 def test_an_empty_trace_makes_a_page():

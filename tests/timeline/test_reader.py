@@ -23,6 +23,18 @@ def test_processes_of_one_machine_are_merged_by_the_clock_that_nobody_sets(tmp_p
     assert (trace.start_wall_s, trace.end_s) == (1000.0, 3.0)
 
 
+def test_the_coordinator_comes_first_and_the_others_by_number(tmp_path):
+    for process in ("engine 0", "learner 10", "coordinator", "learner 2"):
+        write(tmp_path, process, LANE, ["X", 0, "x", 0, 1_000_000])
+    lanes = read_trace(tmp_path).lanes
+    assert [lane.process for lane in lanes] == [
+        "coordinator",
+        "engine 0",
+        "learner 2",
+        "learner 10",
+    ]
+
+
 def test_machines_are_merged_by_their_wall_clocks(tmp_path):
     write(tmp_path, "a", LANE, ["X", 0, "x", 0, 1_000_000], wall_s=1000.0, monotonic_s=10.0)
     write(

@@ -45,6 +45,11 @@ def test_shares_of_a_role_are_those_of_its_lanes_together():
     assert shares["learner"]["wait"] == 0.5
 
 
+def test_the_coordinator_has_no_share():
+    waiting = lane(("wait", 0, 4), process="coordinator", role="coordinator")
+    assert list(role_shares(trace(waiting, STEP))) == ["learner"]
+
+
 def test_an_empty_window_has_no_shares_and_a_negative_one_is_refused():
     assert lane_shares(STEP, start_s=3, end_s=3) == {}
     with pytest.raises(ValueError, match=r"the window 3\.\.2 s ends before it starts"):

@@ -16,7 +16,8 @@ from aiohttp import web
 from safetensors.torch import load_file
 from torch import Tensor
 
-ADMIN_KEY = "only-the-worker-knows"
+from tests.weight_sync.fake_server import PostSite, has_admin_key, next_fault
+
 Fault = Literal["refuse", "hang", "forget"]
 """``hang`` never answers; ``forget`` answers that all went well, and loads nothing."""
 
@@ -47,26 +48,19 @@ class FakeAdapterServer:
         self._release = asyncio.Event()
 
     async def __aenter__(self) -> FakeAdapterServer:
-        app = web.Application()
-        app.router.add_post("/{path}", self._answer)
-        self._runner = web.AppRunner(app, shutdown_timeout=0.1)
-        await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", 0)
-        await site.start()
-        host, port = self._runner.addresses[0][:2]
-        self.url = f"http://{host}:{port}"
+        self._site = await PostSite.open(self._answer)
+        self.url = self._site.url
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
         self._release.set()
-        await self._runner.cleanup()
+        await self._site.close()
 
     async def _answer(self, request: web.Request) -> web.Response:
-        assert request.headers.get("Authorization") == f"Bearer {ADMIN_KEY}"
+        assert has_admin_key(request)
         path, body = request.match_info["path"], await request.json()
         self.calls.append(" ".join(filter(None, (path.split("_")[0], body.get("lora_name")))))
-        faults = self.faults.get(path.split("_")[0])
-        fault = faults.popleft() if faults else None
+        fault = next_fault(self.faults, path.split("_")[0])
         if fault == "hang":
             await self._release.wait()
         if fault == "refuse":

@@ -21,9 +21,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from skyrl_async.weight_sync.layout import dtype_of
+from tests.weight_sync.fake_server import PostSite, has_admin_key, next_fault
 from tests.weight_sync.peers import Parameters
 
-ADMIN_KEY = "only-the-worker-knows"
 Fault = Literal["refuse", "hang", "late", "none"]
 """``hang`` never answers and blocks what follows; ``late`` acts, but does not answer."""
 
@@ -79,19 +79,13 @@ class FakeControl:
         self._groups: dict[str, Any] = {}
 
     async def __aenter__(self) -> FakeControl:
-        app = web.Application(client_max_size=1 << 26)
-        app.router.add_post("/{path}", self._answer)
-        self._runner = web.AppRunner(app, shutdown_timeout=0.1)
-        await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", 0)
-        await site.start()
-        host, port = self._runner.addresses[0][:2]
-        self.url = f"http://{host}:{port}"
+        self._site = await PostSite.open(self._answer, max_bytes=1 << 26)
+        self.url = self._site.url
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
         self._release.set()
-        await self._runner.cleanup()
+        await self._site.close()
 
     async def called(self, name: str) -> None:
         """Return when an endpoint has been called."""
@@ -102,7 +96,7 @@ class FakeControl:
     async def _answer(self, request: web.Request) -> web.Response:
         if self.dead:
             return self._drop(request)
-        if request.headers.get("Authorization") != f"Bearer {ADMIN_KEY}":
+        if not has_admin_key(request):
             self.unauthorized += 1
             return web.json_response({"error": "Unauthorized"}, status=401)
         path = request.match_info["path"]
@@ -111,8 +105,7 @@ class FakeControl:
         self.calls.append(name)
         # The scheduler does one thing at a time, so whatever follows a blocked call waits for it.
         async with self._scheduler:
-            faults = self.faults.get(name)
-            fault = faults.popleft() if faults else "none"
+            fault = next_fault(self.faults, name)
             if fault == "hang":
                 self.hung.set()
                 await self._release.wait()

@@ -11,7 +11,8 @@ from skyrl_async.weight_sync import sglang_adapters
 from skyrl_async.weight_sync.sglang_adapters import AdapterLoader, AdapterSettings, check_adapter
 from skyrl_async.weight_sync.sglang_control import ControlError, SglangControl
 from skyrl_async.weight_sync.sglang_loader import EngineBroken
-from tests.weight_sync.fake_adapters import ADMIN_KEY, FakeAdapterServer
+from tests.weight_sync.fake_adapters import FakeAdapterServer
+from tests.weight_sync.fake_server import ADMIN_KEY
 from tests.weight_sync.peers import assert_same_bits
 
 RANK = 4

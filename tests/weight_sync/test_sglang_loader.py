@@ -16,7 +16,8 @@ from skyrl_async.weight_sync.sglang_control import ControlError, SglangControl
 from skyrl_async.weight_sync.sglang_loader import EngineBroken, SglangLoader, shared_payload
 from skyrl_async.weight_sync.snapshot import SnapshotPool
 from skyrl_async.weight_sync.transport import LearnerLost, TransferRejected
-from tests.weight_sync.fake_control import ADMIN_KEY, FakeControl
+from tests.weight_sync.fake_control import FakeControl
+from tests.weight_sync.fake_server import ADMIN_KEY
 from tests.weight_sync.other_process import process, told
 from tests.weight_sync.peers import assert_same_bits, in_thread, make_parameters, soon
 from tests.weight_sync.real_server import (
