@@ -277,6 +277,9 @@ class Coordinator:
             with blaming(name):
                 async with Deadline(self._settings.answer_timeout_s, "new tasks to be taken"):
                     await self._rollouts[name].submit(batch)
+        if assignments:
+            num_groups = sum(map(len, assignments.values()))
+            self._lane.instant("admit", self._clock(), {"groups": num_groups})
 
     async def _train(self) -> None:
         """Take batches and train on them until a limit is reached, then evaluate once more."""
@@ -294,8 +297,8 @@ class Coordinator:
                 batch = await self._next_batch(left_s)
             if batch is None or self._is_over:
                 break
-            version = {"policy_version": batch.train_version, "groups": len(batch.groups)}
-            with blaming("learner"), self._drawn("learner step", version):
+            about = {"train_version": batch.train_version, "groups": len(batch.groups)}
+            with blaming("learner"), self._drawn("learner step", about):
                 async with Deadline(settings.step_timeout_s, "a step"):
                     result = await self._learner.step(batch)
             with self._drawn("finish the step"):
@@ -311,10 +314,11 @@ class Coordinator:
                 await self._checkpoints.after_step(step, self.state)
                 await self._admit()
             self._evaluations.start_if_due(step)
-        await self._checkpoints.write(self._metrics.steps, self.state)
-        if not self._stopping:
-            await self._evaluate_at_the_end()
-        await self._checkpoints.join()
+        with self._drawn("end of the run"):
+            await self._checkpoints.write(self._metrics.steps, self.state)
+            if not self._stopping:
+                await self._evaluate_at_the_end()
+            await self._checkpoints.join()
 
     def _drawn(self, name: str, args: Args | None = None) -> AbstractContextManager[None]:
         return drawn(self._lane, name, clock=self._clock, args=args)

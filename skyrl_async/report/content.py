@@ -97,9 +97,10 @@ class RunContent:
                 with its first news.
         """
         known = known or Known()
-        history = self._metrics.poll()
         config = read_mapping(self.folder / "config.yaml")
+        # Before the metrics, which a finished run writes first: so its last steps are never missed.
         summary = read_mapping(self.folder / "summary.json")
+        history = self._metrics.poll()
         if slow_parts:
             self._read_slow_parts(config, finished=bool(summary))
         same_buckets = known.stride == history.stride

@@ -15,7 +15,10 @@ STEPS_SHOWN = 5
 """Learner steps in the window, about."""
 
 SHORTEST_WINDOW_S, LONGEST_WINDOW_S = 0.2, 30.0
-MAX_LANES = {"learner": 2, "publisher": 3, "engine": 4, "slot": 8, "evaluation": 1}
+MAX_LANES = {
+    **{"coordinator": 1, "learner": 2, "publisher": 3},
+    **{"engine": 4, "slot": 8, "evaluation": 1},
+}
 """Lanes shown of each role, in the order of the page."""
 
 MAX_TRACE_BYTES = 24 << 20

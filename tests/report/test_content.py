@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.synthetic_run import metrics_of, write_run
+from skyrl_async.report import content as report_content
 from skyrl_async.report.content import Known, RunContent, label_of, shorten
 from skyrl_async.report.run_files import MAX_SAMPLE_STEPS, config_rows
 from skyrl_async.report.wording import DROPS
@@ -79,6 +80,25 @@ def test_news_are_the_rest_of_the_lines_and_changed_parts_only(tmp_path):
     assert third["series"]["values"]["step"]["mean"] == [51]
     assert "samples" not in third
     assert content.read(Known(stride=2, buckets=25, parts=0))["series"]["first"] == 0
+
+
+def test_a_run_that_ends_while_it_is_read_is_shown_to_its_last_step(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    write_run(folder, steps=5, finished=False)
+    content = RunContent(folder)
+    read = report_content.read_mapping
+
+    def ends_meanwhile(path):
+        if path.name == "config.yaml":
+            with (folder / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(metrics_of(6, random.Random(6))) + "\n")
+            (folder / "summary.json").write_text(json.dumps({"status": "finished", "steps": 6}))
+        return read(path)
+
+    monkeypatch.setattr(report_content, "read_mapping", ends_meanwhile)
+    shown = content.read()
+    assert shown["status"] == "finished"
+    assert shown["series"]["rows"] == 6
 
 
 def test_samples_are_of_steps_over_the_whole_run(finished):

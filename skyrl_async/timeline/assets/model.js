@@ -8,6 +8,7 @@ const COLORS = {
   snapshot: "#a874bd", checkpoint: "#70508f", save: "#70508f",
   data: "#7fb5a4", evaluate: "#c9a227", evaluation: "#c9a227",
   "wait for a batch": "#e8a08f", "finish the step": "#7fb5a4", "checkpoint and admit": "#70508f",
+  "end of the run": "#c3c9d6",
   decode: "#2f9e73", generate: "#2f9e73", swap: "#d23f55", recompute: "#e57f5b",
   paused: "#b39d8b", load: "#c7a6d4", transfer: "#a874bd",
   environment: "#43a0c9", other: "#878e98", wait_engine: "#e5b344", wait_group: "#d8c6a6",
