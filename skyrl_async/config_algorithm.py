@@ -73,6 +73,8 @@ class AlgorithmSection(Section):
     """Scale advantages to mean 0 and standard deviation 1 over each minibatch."""
     overlong_buffer_tokens: int = Field(default=0, ge=0)
     """Rewards fall by up to 1 in the last tokens below engine.context_length; 0 for none."""
+    mask_truncated: bool = False
+    """Leave trajectories that a limit ended out of the loss; their rewards stay in the baseline."""
     proximal: Literal["recomputed", "interpolated"] = "recomputed"
     """Logprobs of the start of the step: by a forward pass, or approximately without one."""
     loss: str = "ppo_clip"
@@ -143,10 +145,10 @@ class KlSection(Section):
 
     coefficient: float = Field(default=0.0, ge=0)
     """Weight; 0 for no penalty and no reference policy in memory."""
-    estimator: Literal["k1", "k2", "k3", "unbiased_k3"] = "k3"
-    """Of the divergence, in the loss."""
+    estimator: Literal["auto", "k1", "k2", "k3", "unbiased_k3"] = "auto"
+    """Of the divergence, per token; auto: k3 in the loss, k1 in the reward."""
     placement: Literal["loss", "reward"] = "loss"
-    """Added to the loss, or taken off the rewards (there as k1)."""
+    """Added to the loss of the tokens that no mask rejects, or taken off the rewards of all."""
 
 
 class CriticSection(Section):
@@ -160,6 +162,8 @@ class CriticSection(Section):
     """Critic updates for each update of the policy."""
     clip: float | None = Field(default=0.2, gt=0)
     """Values move at most so far in one step; null for no limit."""
+    bootstrap_truncated: bool = False
+    """Value what a limit cut off at its last token, instead of counting it as ended."""
 
 
 class FiltersSection(Section):
@@ -260,15 +264,25 @@ def _loss_problems(
             f"algorithm.loss={loss}, correction.weight={weight}: its ratio is to the behavior "
             "policy already, so the weight would count twice; set correction.weight=none or auto"
         )
-    corrected = weight != "none" or bool(correction.masks) or loss in BEHAVIOR_LOSSES
-    if loss in UNCORRECTED_LOSSES and weight == "none" and not correction.masks:
-        corrected = False
+    if loss in BEHAVIOR_LOSSES:
+        own = loss not in UNCORRECTED_LOSSES
+    else:
+        # Without another weight, its advantages carry their own.
+        own = algorithm.advantage == "vtrace"
+    corrected = weight != "none" or bool(correction.masks) or own
     if not corrected and max_staleness and not algorithm.allow_uncorrected:
         yield (
             f"algorithm.loss={loss}, correction.weight={weight}, staleness.max={max_staleness}: "
             "stale tokens would be trained without any off-policy correction; set "
             "correction.weight=auto with a proximal loss such as ppo_clip, a corrected loss such "
             "as m2po, staleness.max=0, or algorithm.allow_uncorrected=true for a comparison"
+        )
+    if algorithm.scale_rate_by_ess and weight == "none":
+        yield (
+            f"algorithm.scale_rate_by_ess=true, correction.weight={weight}, "
+            f"algorithm.loss={loss}: without weights every sample counts in full, and the rate "
+            "would never change; set correction.weight=auto with a proximal loss such as "
+            "reinforce, or algorithm.scale_rate_by_ess=false"
         )
 
 
@@ -309,6 +323,8 @@ def _proximal_problems(
         before.append("kl.placement=reward")
     if algorithm.scale_rate_by_ess:
         before.append("algorithm.scale_rate_by_ess=true")
+    if algorithm.loss == "m2po":
+        before.append("algorithm.loss=m2po")
     if before:
         yield (
             f"algorithm.proximal=interpolated, {', '.join(before)}: these need proximal logprobs "

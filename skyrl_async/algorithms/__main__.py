@@ -36,6 +36,7 @@ def as_json(entry: Entry) -> dict[str, object]:
         "when": entry.when,
         "equation": entry.equation,
         "source": entry.source,
+        "configuration": list(entry.configuration),
         "defaults": {name: show(value) for name, value in entry.options.items()},
     }
 
@@ -43,8 +44,8 @@ def as_json(entry: Entry) -> dict[str, object]:
 def as_markdown(catalogue: Sequence[Entry]) -> str:
     """Return all entries as a table."""
     rows = [
-        "| name | kind | equation | when it helps | paper | defaults | test |",
-        "|---|---|---|---|---|---|---|",
+        "| name | kind | equation | when it helps | configuration | paper | defaults | test |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for entry in catalogue:
         options = ", ".join(f"{name} {show(value)}" for name, value in entry.options.items())
@@ -54,6 +55,7 @@ def as_markdown(catalogue: Sequence[Entry]) -> str:
             entry.kind,
             equation,
             entry.when,
+            "<br>".join(f"`{override}`" for override in entry.configuration) or "always",
             entry.source,
             options,
             ", ".join(f"`{name}`" for name in test_files(entry)),
@@ -78,6 +80,7 @@ def as_text(entry: Entry) -> str:
         lines.append(f"    {entry.equation}")
     if options:
         lines.append(f"    defaults: {options}")
+    lines.append(f"    configuration: {' '.join(entry.configuration) or 'always'}")
     lines.append(f"    source: {entry.source}")
     return "\n".join(lines)
 

@@ -16,10 +16,13 @@ from skyrl_async.algorithms.clipping import (
     check_cap,
     check_clip_range,
     clipped_surrogate,
-    kept_ratio,
+    masked_surrogate,
     weighted_reinforce,
 )
 from skyrl_async.algorithms.tokens import LossTokens, TokenLoss
+
+_FEW = 512
+"""Squares that are sorted rather than divided further."""
 
 
 def ppo_behavior(
@@ -100,14 +103,6 @@ def aipo(tokens: LossTokens, *, cap: float = 10.0) -> TokenLoss:
     return reinforce_is(tokens, cap=cap)
 
 
-def _masked_surrogate(tokens: LossTokens, dropped: Tensor) -> TokenLoss:
-    """Return ``-w A`` of the tokens, 0 without gradient for the dropped ones."""
-    log_ratio = tokens.current_logprobs - tokens.behavior_logprobs
-    ratio = kept_ratio(log_ratio, dropped | (tokens.advantages == 0))
-    loss = (-ratio * tokens.advantages).masked_fill(dropped, 0.0)
-    return TokenLoss(loss=loss, clipped=dropped)
-
-
 def dppo_tv(tokens: LossTokens, *, delta_low: float = 0.2, delta_high: float = 0.2) -> TokenLoss:
     r"""Return the surrogate of the tokens whose probability moved little in absolute terms.
 
@@ -136,11 +131,12 @@ def dppo_tv(tokens: LossTokens, *, delta_low: float = 0.2, delta_high: float = 0
     for name, delta in (("delta_low", delta_low), ("delta_high", delta_high)):
         if not 0 <= delta <= 1:
             raise ValueError(f"{name} must be in 0 .. 1, got {delta}")
+    log_ratio = tokens.current_logprobs - tokens.behavior_logprobs
     with torch.no_grad():
         moved = tokens.current_logprobs.exp() - tokens.behavior_logprobs.exp()
         too_high = (tokens.advantages > 0) & (moved > delta_high)
         too_low = (tokens.advantages < 0) & (moved < -delta_low)
-    return _masked_surrogate(tokens, too_high | too_low)
+    return masked_surrogate(log_ratio, tokens.advantages, too_high | too_low)
 
 
 def dppo_kl(tokens: LossTokens, *, delta_low: float = 0.05, delta_high: float = 0.05) -> TokenLoss:
@@ -171,22 +167,28 @@ def dppo_kl(tokens: LossTokens, *, delta_low: float = 0.05, delta_high: float = 
     for name, delta in (("delta_low", delta_low), ("delta_high", delta_high)):
         if not delta >= 0:
             raise ValueError(f"{name} must be at least 0, got {delta}")
+    log_ratio = tokens.current_logprobs - tokens.behavior_logprobs
     with torch.no_grad():
-        log_ratio = tokens.current_logprobs - tokens.behavior_logprobs
         divergence = _binary_kl(tokens.behavior_logprobs, tokens.current_logprobs)
         too_high = (tokens.advantages > 0) & (log_ratio > 0) & (divergence > delta_high)
         too_low = (tokens.advantages < 0) & (log_ratio < 0) & (divergence > delta_low)
-    return _masked_surrogate(tokens, too_high | too_low)
+    return masked_surrogate(log_ratio, tokens.advantages, too_high | too_low)
 
 
 def _binary_kl(from_logprobs: Tensor, to_logprobs: Tensor) -> Tensor:
-    """Return the KL divergence of "this token or another", infinite where the other vanished."""
+    """Return the KL divergence of "this token or another".
+
+    It is infinite where the other vanished, and NaN, which exceeds no limit, where there was none
+    and is none.
+    """
     # Rounding may leave a logprob above 0; "another" then has probability 0, not less.
-    from_other = (-torch.expm1(from_logprobs)).clamp(min=0)
-    to_other = (-torch.expm1(to_logprobs)).clamp(min=0)
-    token_part = from_logprobs.exp() * (from_logprobs - to_logprobs)
-    other_part = torch.xlogy(from_other, from_other) - torch.xlogy(from_other, to_other)
-    return token_part + other_part
+    from_other = torch.expm1(from_logprobs).neg_().clamp_(min=0)
+    to_other = torch.expm1(to_logprobs).neg_().clamp_(min=0)
+    # 0 times the logarithm of the smallest number is 0, and that of the rest is not changed.
+    other_part = from_other.clamp(min=torch.finfo(from_other.dtype).tiny).log_()
+    other_part.sub_(to_other.log_()).mul_(from_other)
+    token_part = (from_logprobs - to_logprobs).mul_(from_logprobs.exp())
+    return token_part.add_(other_part)
 
 
 @torch.no_grad()
@@ -219,12 +221,54 @@ def m2_mask(log_ratios: Tensor, advantages: Tensor, *, limit: float = 0.04) -> T
     if not limit >= 0:
         raise ValueError(f"limit must be at least 0, got {limit}")
     pushed = advantages * log_ratios.sign() > 0
-    squares = log_ratios.double().square().masked_fill(~pushed, torch.inf)
-    ascending, order = squares.sort(stable=True)
-    counts = torch.arange(1, len(squares) + 1, device=squares.device)
-    within = torch.empty_like(pushed)
-    within[order] = ascending.cumsum(0) / counts <= limit
-    return within | ~pushed
+    squares = log_ratios.double().square().mul_(pushed)
+    count = pushed.count_nonzero()
+    if squares.sum() <= limit * count:
+        return torch.ones_like(pushed)
+    # A square up to the limit cannot raise a mean above it, so only larger ones are in doubt.
+    doubtful = squares > limit
+    smallest, num_kept = _smallest_dropped(
+        squares[doubtful],
+        limit=limit,
+        base_sum=(squares * ~doubtful).sum(),
+        base_count=count - doubtful.count_nonzero(),
+    )
+    kept = squares < smallest
+    if num_kept:
+        kept[(squares == smallest).nonzero()[:num_kept]] = True
+    return kept
+
+
+def _smallest_dropped(
+    squares: Tensor, *, limit: float, base_sum: Tensor, base_count: Tensor
+) -> tuple[Tensor, int]:
+    """Return the smallest square that has to go, and how many of the same size may stay.
+
+    Squares are sorted only once few are in doubt; until then each round settles by their mean
+    whether the smaller ones all stay or the larger ones all go.
+
+    Args:
+        squares: ``[D]``, some of which have to go.
+        limit: of the mean of what stays.
+        base_sum: scalar, of what stays in any case.
+        base_count: scalar, likewise.
+    """
+    while len(squares) > _FEW:
+        small = squares <= squares.mean()
+        if small.all():
+            break
+        total, count = base_sum + (squares * small).sum(), base_count + small.count_nonzero()
+        if total <= limit * count:
+            base_sum, base_count = total, count
+            small = ~small
+        squares = squares[small]
+    ascending = squares.sort().values
+    counts = torch.arange(1, len(squares) + 1, device=squares.device) + base_count
+    beyond = (ascending.cumsum(0) + base_sum) / counts > limit
+    # The whole sum may have exceeded the limit by its rounding alone.
+    beyond[-1] = True
+    smallest = ascending[beyond.to(torch.uint8).argmax()]
+    return smallest, int((~beyond & (ascending == smallest)).count_nonzero())
 
 
 def m2po(tokens: LossTokens, *, limit: float = 0.04, kept: Tensor | None = None) -> TokenLoss:
@@ -246,10 +290,10 @@ def m2po(tokens: LossTokens, *, limit: float = 0.04, kept: Tensor | None = None)
 
     Source: M2PO (arXiv 2510.01161).
     """
+    log_ratio = tokens.current_logprobs - tokens.behavior_logprobs
     if kept is None:
-        log_ratios = (tokens.current_logprobs - tokens.behavior_logprobs).detach()
-        kept = m2_mask(log_ratios, tokens.advantages, limit=limit)
-    return _masked_surrogate(tokens, ~kept)
+        kept = m2_mask(log_ratio, tokens.advantages, limit=limit)
+    return masked_surrogate(log_ratio, tokens.advantages, ~kept)
 
 
 def double_sided(tokens: LossTokens, *, clip_low: float = 0.8, clip_high: float = 3.0) -> TokenLoss:

@@ -28,9 +28,10 @@ from skyrl_async.algorithms import (
     returns,
     reward_shaping,
     sequence_losses,
+    step_size,
     value_loss,
 )
-from skyrl_async.algorithms.guidance import WHEN_IT_HELPS
+from skyrl_async.algorithms.guidance import WHEN_IT_HELPS, configuration
 
 _KINDS: tuple[tuple[str, tuple[ModuleType, ...]], ...] = (
     ("advantage", (advantages, returns, off_policy_returns)),
@@ -42,8 +43,9 @@ _KINDS: tuple[tuple[str, tuple[ModuleType, ...]], ...] = (
     ("distillation", (distillation,)),
     ("shaping", (reward_shaping,)),
     ("critic", (value_loss,)),
+    ("step size", (step_size,)),
 )
-_HELPERS = frozenset({"estimate", "turn_starts", "m2_mask"})
+_HELPERS = frozenset({"estimate", "turn_starts", "m2_mask", "divergence"})
 """Public functions that are no method by themselves."""
 
 
@@ -52,13 +54,14 @@ class Entry:
     """One method of the catalogue.
 
     Attributes:
-        name: of the function, and in the configuration.
+        name: of the function.
         kind: what it is for.
         summary: first line of its docstring.
         when: it helps.
         equation: in LaTeX.
         source: paper or code.
         options: keyword arguments with their defaults.
+        configuration: overrides with which a run uses it; none if every run does.
         function: itself.
     """
 
@@ -69,6 +72,7 @@ class Entry:
     equation: str
     source: str
     options: Mapping[str, Any]
+    configuration: tuple[str, ...]
     function: Callable[..., Any]
 
 
@@ -149,6 +153,7 @@ def _entry(kind: str, name: str, function: Callable[..., Any]) -> Entry:
             for p in inspect.signature(function).parameters.values()
             if p.kind is p.KEYWORD_ONLY and p.default is not p.empty
         },
+        configuration=configuration(name, kind),
         function=function,
     )
 

@@ -1,4 +1,7 @@
-"""What the policy losses share: ratios that keep no gradient where a trust region ends.
+"""What the policy losses share: surrogates that keep no gradient where a trust region ends.
+
+The derivative of every loss here is known in closed form, so that autograd has one product to undo
+in place of an exponential, its clamps and masks.
 
 Shapes: ``T`` loss tokens.
 """
@@ -11,17 +14,25 @@ from torch import Tensor
 from skyrl_async.algorithms.tokens import TokenLoss
 
 
-def kept_ratio(log_ratio: Tensor, dropped: Tensor) -> Tensor:
-    r"""Return :math:`e^{x_t}`, and 1 without gradient for the dropped tokens.
-
-    The fill comes before the exponential, so that a ratio too large for the number format cannot
-    turn the gradient of its dropped token into NaN.
+@torch.no_grad()
+def finite_exp(log_ratio: Tensor) -> Tensor:
+    """Return the exponential, at most the largest number of its type: 0 times it is 0, not NaN.
 
     Args:
-        log_ratio: ``[T]``, x.
-        dropped: ``[T]`` bool.
+        log_ratio: ``[T]``; the result has no gradient.
     """
-    return log_ratio.masked_fill(dropped, 0.0).exp()
+    return log_ratio.exp().clamp_(max=torch.finfo(log_ratio.dtype).max)
+
+
+def with_slopes(values: Tensor, slopes: Tensor, variable: Tensor) -> Tensor:
+    """Return the values, with their derivatives.
+
+    Args:
+        values: ``[T]``, without gradient.
+        slopes: ``[T]``, derivative of each value by its variable; without gradient.
+        variable: ``[T]``, finite, with gradient.
+    """
+    return values + slopes * (variable - variable.detach())
 
 
 def check_clip_range(clip_low: float, clip_high: float) -> None:
@@ -62,7 +73,7 @@ def clipped_surrogate(
               \operatorname{clip}(e^{x_t}, 1 - \epsilon_{low}, 1 + \epsilon_{high})\, A_t\big)
 
     Args:
-        log_ratio: ``[T]``, x, of one token or of its sequence.
+        log_ratio: ``[T]``, x, of one token or of its sequence; finite, with gradient.
         advantages: ``[T]``.
         clip_low: epsilon below 1.
         clip_high: epsilon above 1.
@@ -72,18 +83,33 @@ def clipped_surrogate(
         ValueError: if the clip range is no interval around 1.
     """
     check_clip_range(clip_low, clip_high)
-    ratio = log_ratio.detach().exp()
-    above = (advantages > 0) & (ratio > 1 + clip_high)
-    below = (advantages < 0) & (ratio < 1 - clip_low)
-    clipped = above | below
-    objective_ratio = ratio.clamp(1 - clip_low, 1 + clip_high)
-    if negative_cap is not None:
-        capped = (advantages < 0) & (ratio > negative_cap)
-        clipped = clipped | capped
-        objective_ratio = objective_ratio.masked_fill(capped, negative_cap)
-    kept = kept_ratio(log_ratio, clipped | (advantages == 0))
-    loss = -torch.where(clipped, objective_ratio, kept) * advantages
-    return TokenLoss(loss=loss, clipped=clipped)
+    with torch.no_grad():
+        plain = finite_exp(log_ratio)
+        bounded = plain.clamp(1 - clip_low, 1 + clip_high).mul_(advantages)
+        plain.mul_(advantages)
+        clipped = bounded < plain
+        surrogate = torch.minimum(plain, bounded, out=bounded)
+        if negative_cap is not None:
+            # For advantages from 0 on, the surrogate is not below this either.
+            lowest = advantages.clamp(max=0) * negative_cap
+            clipped |= surrogate < lowest
+            surrogate = torch.maximum(surrogate, lowest, out=lowest)
+        slopes = torch.mul(surrogate, ~clipped, out=plain)
+    return TokenLoss(loss=-with_slopes(surrogate, slopes, log_ratio), clipped=clipped)
+
+
+def masked_surrogate(log_ratio: Tensor, advantages: Tensor, dropped: Tensor) -> TokenLoss:
+    r"""Return :math:`L_t = -e^{x_t} A_t`, and 0 without gradient for the dropped tokens.
+
+    Args:
+        log_ratio: ``[T]``, x, with gradient.
+        advantages: ``[T]``.
+        dropped: ``[T]`` bool.
+    """
+    with torch.no_grad():
+        # The mask comes first: the ratio is finite, and its product may not be.
+        surrogate = finite_exp(log_ratio).mul_(~dropped).mul_(advantages)
+    return TokenLoss(loss=-with_slopes(surrogate, surrogate, log_ratio), clipped=dropped)
 
 
 def weighted_reinforce(

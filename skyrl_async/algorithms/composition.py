@@ -158,25 +158,31 @@ def correct(
     Source: the functions that ``settings`` names, composed.
     """
     finite = log_ratios.isfinite()
-    ratios, ids = log_ratios.detach()[finite], sequence_ids[finite]
-    masks = _masks(ratios, advantages[finite], ids, num_sequences, settings)
+    valid = _places(finite)
+    ratios, ids = _take(log_ratios.detach(), valid), _take(sequence_ids, valid)
+    masks = _masks(ratios, _take(advantages, valid), ids, num_sequences, settings)
     kept = _all_of(masks, like=ratios)
-    raw = _raw_weights(ratios, ids, num_sequences, settings.weight)[kept]
-    truncated = raw.clamp(max=settings.weight_cap)
-    mask = _place(kept, finite)
+    raw = _raw_weights(ratios, ids, num_sequences, settings.weight)
+    truncated = raw.clamp(max=settings.weight_cap).masked_fill(~kept, 0.0)
     counts = {
-        "kept": kept.sum(),
-        "masked_invalid": (~finite).sum(),
-        **{f"masked_{name}": (~rejecting).sum() for name, rejecting in masks.items()},
-        "importance_weight_capped": (raw > settings.weight_cap).sum(),
+        "kept": kept,
+        "masked_invalid": ~finite,
+        **{f"masked_{name}": ~mask for name, mask in masks.items()},
+        "importance_weight_capped": (raw > settings.weight_cap) & kept,
     }
-    sums = {name: count.to(ratios.dtype) for name, count in counts.items()} | {
+    sums = {name: chosen.count_nonzero().to(ratios.dtype) for name, chosen in counts.items()} | {
         "importance_weight": truncated.sum(),
         "importance_weight_squared": truncated.square().sum(),
         "kl_behavior": kl.k3(-ratios).sum(),
     }
-    weights = normalize_weights(truncated) if settings.normalize_weights else truncated
-    return Correction(weights=_place(weights, mask), mask=mask, sums=sums)
+    if settings.normalize_weights:
+        inside = _places(kept)
+        truncated = _put(normalize_weights(_take(truncated, inside)), inside, len(ratios))
+    return Correction(
+        weights=_put(truncated, valid, len(finite)),
+        mask=_put(kept, valid, len(finite)),
+        sums=sums,
+    )
 
 
 def _masks(
@@ -202,9 +208,11 @@ def _masks(
     if settings.opsm_delta is not None:
         masks["opsm"] = opsm_mask(log_ratios, advantages, ids, size, delta=settings.opsm_delta)
     if settings.m2_limit is not None:
-        kept = _all_of(masks, like=log_ratios)
-        small = m2_mask(log_ratios[kept], advantages[kept], limit=settings.m2_limit)
-        masks["m2"] = ~_place(~small, kept)
+        inside = _places(_all_of(masks, like=log_ratios))
+        small = m2_mask(
+            _take(log_ratios, inside), _take(advantages, inside), limit=settings.m2_limit
+        )
+        masks["m2"] = ~_put(~small, inside, len(log_ratios))
     return masks
 
 
@@ -227,8 +235,18 @@ def _raw_weights(log_ratios: Tensor, ids: Tensor, size: int, kind: WeightKind) -
             return geometric_weights(log_ratios, ids, size, cap=math.inf)
 
 
-def _place(values: Tensor, where: Tensor) -> Tensor:
-    """Return ``[T]`` with ``values`` where ``where [T]`` is true, and zero elsewhere."""
-    placed = values.new_zeros(where.shape)
-    placed[where] = values
-    return placed
+def _places(where: Tensor) -> Tensor | None:
+    """Return the places where ``where [T]`` is true, or None for all: then nothing is copied."""
+    return None if where.all() else where.nonzero().squeeze(-1)
+
+
+def _take(values: Tensor, places: Tensor | None) -> Tensor:
+    """Return the values at some places."""
+    return values if places is None else values.index_select(0, places)
+
+
+def _put(values: Tensor, places: Tensor | None, size: int) -> Tensor:
+    """Return ``[size]`` with the values at some places, and zero elsewhere."""
+    if places is None:
+        return values
+    return values.new_zeros(size).index_copy(0, places, values)

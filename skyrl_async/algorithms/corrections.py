@@ -24,6 +24,8 @@ from skyrl_async.algorithms.tokens import sequence_means, sequence_sums
 WeightKind = Literal["none", "token", "sequence", "geometric"]
 RejectionLevel = Literal["token", "sequence_mean", "sequence_sum", "sequence_max"]
 
+_ROUNDING = 1e-4
+
 
 def token_weights(log_ratios: Tensor, *, cap: float) -> Tensor:
     r"""Return truncated importance weights of single tokens, ``[T]``.
@@ -55,7 +57,7 @@ def sequence_weights(
     Source: truncated importance sampling (Ionides 2008) over trajectories.
     """
     sums = sequence_sums(log_ratios.detach(), sequence_ids, num_sequences)
-    return sums.exp().clamp(max=cap)[sequence_ids]
+    return sums.exp().clamp(max=cap).index_select(0, sequence_ids)
 
 
 def geometric_weights(
@@ -75,7 +77,7 @@ def geometric_weights(
     proximal and behavior policy.
     """
     means = sequence_means(log_ratios.detach(), sequence_ids, num_sequences)
-    return means.exp().clamp(max=cap)[sequence_ids]
+    return means.exp().clamp(max=cap).index_select(0, sequence_ids)
 
 
 def normalize_weights(weights: Tensor) -> Tensor:
@@ -96,12 +98,15 @@ def finite_mask(behavior_logprobs: Tensor) -> Tensor:
 
     .. math:: M_t = [\, -\infty < \log\pi_{behav} \le 0 \,]
 
+    the upper bound up to rounding, of 1e-4. The learner applies it to all tokens before anything
+    else, whatever the configuration.
+
     Args:
         behavior_logprobs: ``[T]``, as the engine reported them.
 
     Source: the definition of a logarithm of a probability above zero.
     """
-    return behavior_logprobs.isfinite() & (behavior_logprobs <= 0)
+    return behavior_logprobs.isfinite() & (behavior_logprobs <= _ROUNDING)
 
 
 def token_mask(log_ratios: Tensor, *, low: float, high: float) -> Tensor:
@@ -137,7 +142,7 @@ def sequence_mask(
     Stability", richardli.xyz/rl-collapse).
     """
     sums = sequence_sums(log_ratios, sequence_ids, num_sequences)
-    return _within(sums, low=low, high=high)[sequence_ids]
+    return _within(sums, low=low, high=high).index_select(0, sequence_ids)
 
 
 def geometric_mask(
@@ -158,7 +163,7 @@ def geometric_mask(
     Source: as ``sequence_mask``, with the geometric mean in place of the product.
     """
     means = sequence_means(log_ratios, sequence_ids, num_sequences)
-    return _within(means, low=low, high=high)[sequence_ids]
+    return _within(means, low=low, high=high).index_select(0, sequence_ids)
 
 
 def veto_mask(
@@ -177,7 +182,8 @@ def veto_mask(
     Source: as ``sequence_mask``.
     """
     vetoes = (log_ratios < math.log(below)).to(log_ratios.dtype)
-    return (sequence_sums(vetoes, sequence_ids, num_sequences) == 0)[sequence_ids]
+    innocent = sequence_sums(vetoes, sequence_ids, num_sequences) == 0
+    return innocent.index_select(0, sequence_ids)
 
 
 def k2_mask(
@@ -257,7 +263,7 @@ def opsm_mask(
     Source: off-policy sequence masking, DeepSeek-V3.2 (arXiv 2512.02556), equation 9.
     """
     far = -sequence_means(log_ratios, sequence_ids, num_sequences) > delta
-    return ~((advantages < 0) & far[sequence_ids])
+    return ~((advantages < 0) & far.index_select(0, sequence_ids))
 
 
 def _within(log_values: Tensor, *, low: float, high: float) -> Tensor:
@@ -279,4 +285,4 @@ def _at_most(
         case "sequence_max":
             statistics = values.new_zeros(num_sequences)
             statistics = statistics.scatter_reduce(0, sequence_ids, values, reduce="amax")
-    return (statistics <= limit)[sequence_ids]
+    return (statistics <= limit).index_select(0, sequence_ids)

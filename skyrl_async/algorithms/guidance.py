@@ -1,4 +1,4 @@
-"""When each method of the catalogue helps, in a few words."""
+"""When each method of the catalogue helps, in a few words, and how a run is told to use it."""
 
 from __future__ import annotations
 
@@ -62,7 +62,61 @@ WHEN_IT_HELPS: Mapping[str, str] = MappingProxyType(
         "on_policy_distillation": "a stronger model with the same tokens is at hand",
         "kl_in_reward": "a critic or token-level returns",
         "overlong_penalty": "replies that run into the length limit",
+        "ess_rate_scale": "stale data: smaller steps the fewer of its samples count",
         "clipped_value_loss": "several critic updates on the same targets",
     }
 )
 """Name -> circumstances; every name of the catalogue is here."""
+
+_WITH_CRITIC = ("critic.kind=model",)
+_KL = ("kl.coefficient=0.01",)
+_OTHERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "gae": ("algorithm.advantage=gae", *_WITH_CRITIC),
+        "length_adaptive_lambdas": ("algorithm.advantage=length_adaptive_gae", *_WITH_CRITIC),
+        "turn_level_gae": ("algorithm.advantage=turn_level_gae", *_WITH_CRITIC),
+        "vtrace": ("algorithm.advantage=vtrace", *_WITH_CRITIC),
+        "retrace": ("algorithm.advantage=retrace", *_WITH_CRITIC),
+        "reinforce_plus_plus_returns": (*_KL, "kl.placement=reward"),
+        "ppo_behavior": ("algorithm.loss=ppo_behavior", "algorithm.allow_uncorrected=true"),
+        "token_weights": ("correction.weight=token",),
+        "sequence_weights": ("correction.weight=sequence",),
+        "geometric_weights": ("correction.weight=geometric",),
+        "normalize_weights": ("correction.normalize=true",),
+        "finite_mask": (),
+        "token_mask": ("correction.token_low=0.5", "correction.token_high=5"),
+        "sequence_mask": ("correction.sequence_low=0.1", "correction.sequence_high=10"),
+        "geometric_mask": ("correction.geometric_low=0.99", "correction.geometric_high=1.01"),
+        "veto_mask": ("correction.veto_below=0.0001",),
+        "k2_mask": ("correction.k2_limit=0.1", "correction.k_level=token"),
+        "k3_mask": ("correction.k3_limit=0.01", "correction.k_level=sequence_mean"),
+        "opsm_mask": ("correction.opsm_delta=0.5",),
+        "interpolated_proximal": ("algorithm.proximal=interpolated",),
+        "aggregation_weights": ("algorithm.aggregation=token_mean",),
+        "k1": (*_KL, "kl.estimator=k1", "kl.placement=reward"),
+        "k2": (*_KL, "kl.estimator=k2"),
+        "k3": (*_KL, "kl.estimator=k3"),
+        "unbiased_k3": (*_KL, "kl.estimator=unbiased_k3"),
+        "squared_log_ratio": ("algorithm.squared_log_ratio_coefficient=0.001",),
+        "on_policy_distillation": ("distillation.teacher=PATH",),
+        "kl_in_reward": (*_KL, "kl.placement=reward"),
+        "overlong_penalty": ("algorithm.overlong_buffer_tokens=64",),
+        "ess_rate_scale": ("algorithm.scale_rate_by_ess=true",),
+        "clipped_value_loss": (*_WITH_CRITIC, "algorithm.advantage=gae"),
+    }
+)
+
+
+def configuration(name: str, kind: str) -> tuple[str, ...]:
+    """Return the overrides of a configuration with which a run uses a method.
+
+    Args:
+        name: of the method.
+        kind: of the method, which says where names stand for themselves.
+
+    Raises:
+        KeyError: if nothing uses it.
+    """
+    if name in _OTHERS:
+        return _OTHERS[name]
+    return ({"advantage": "algorithm.advantage", "loss": "algorithm.loss"}[kind] + f"={name}",)

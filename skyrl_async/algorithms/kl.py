@@ -9,7 +9,11 @@ token's divergence in its context; none accounts for what the token does to late
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import Tensor
+
+KlEstimator = Literal["k1", "k2", "k3", "unbiased_k3"]
 
 
 def k1(log_ratios: Tensor) -> Tensor:
@@ -85,3 +89,31 @@ def unbiased_k3(
     Source: DeepSeek-V3.2 (arXiv 2512.02556), equation 7.
     """
     return log_ratios_to_behavior.exp() * k3(log_ratios, clamp=clamp)
+
+
+def divergence(
+    estimator: KlEstimator,
+    log_ratios: Tensor,
+    *,
+    log_ratios_to_behavior: Tensor,
+    clamp: float | None = None,
+) -> Tensor:
+    """Return ``[T]``: the estimate of that name.
+
+    Args:
+        estimator: which.
+        log_ratios: ``[T]``, of the policy to the reference.
+        log_ratios_to_behavior: ``[T]``, of the policy to the behavior policy; for ``unbiased_k3``.
+        clamp: of ``k3`` and ``unbiased_k3``.
+    """
+    match estimator:
+        case "k1":
+            return k1(log_ratios)
+        case "k2":
+            return k2(log_ratios)
+        case "k3":
+            return k3(log_ratios, clamp=clamp)
+        case "unbiased_k3":
+            return unbiased_k3(
+                log_ratios, log_ratios_to_behavior=log_ratios_to_behavior, clamp=clamp
+            )

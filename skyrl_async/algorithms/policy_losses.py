@@ -14,6 +14,7 @@ from skyrl_async.algorithms.clipping import (
     check_clip_range,
     clipped_surrogate,
     weighted_reinforce,
+    with_slopes,
 )
 from skyrl_async.algorithms.tokens import LossTokens, TokenLoss
 
@@ -151,12 +152,15 @@ def sapo(tokens: LossTokens, *, tau_positive: float = 1.0, tau_negative: float =
             raise ValueError(f"{name} must be above 0, got {tau}")
     taus = torch.full_like(tokens.advantages, tau_negative)
     taus = taus.masked_fill(tokens.advantages > 0, tau_positive)
-    # Far above 1 the gate is flat to the last bit; its ratio must not overflow before that.
-    log_ratio = (tokens.current_logprobs - tokens.proximal_logprobs).clamp(max=_FLAT_LOG_RATIO)
-    ratio = log_ratio.exp()
-    gate = torch.sigmoid(taus * (ratio - 1)) * 4 / taus
+    with torch.no_grad():
+        log_ratio = tokens.current_logprobs - tokens.proximal_logprobs
+        # Far above 1 the gate is flat to the last bit; its ratio must not overflow before that.
+        ratio = log_ratio.clamp_(max=_FLAT_LOG_RATIO).exp_()
+        gate = torch.sigmoid(taus * (ratio - 1))
+        slopes = ratio.mul_(4 * gate * (1 - gate)).mul_(tokens.advantages)
+        values = gate.mul_(4 / taus).mul_(tokens.advantages)
     return TokenLoss(
-        loss=-gate * tokens.advantages,
+        loss=-with_slopes(values, slopes, tokens.current_logprobs),
         clipped=torch.zeros_like(tokens.advantages, dtype=torch.bool),
     )
 

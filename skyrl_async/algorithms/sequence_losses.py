@@ -12,7 +12,12 @@ from __future__ import annotations
 
 import torch
 
-from skyrl_async.algorithms.clipping import clipped_surrogate, kept_ratio, weighted_reinforce
+from skyrl_async.algorithms.clipping import (
+    clipped_surrogate,
+    finite_exp,
+    weighted_reinforce,
+    with_slopes,
+)
 from skyrl_async.algorithms.tokens import LossTokens, TokenLoss
 
 
@@ -78,19 +83,16 @@ def gmpo(tokens: LossTokens, *, clip_low: float = 0.4, clip_high: float = 0.4) -
     for name, value in (("clip_low", clip_low), ("clip_high", clip_high)):
         if not value >= 0:
             raise ValueError(f"{name} must be at least 0, got {value}")
-    log_ratio = tokens.current_logprobs - tokens.proximal_logprobs
-    held = log_ratio.detach()
-    above = (tokens.advantages > 0) & (held > clip_high)
-    below = (tokens.advantages < 0) & (held < -clip_low)
-    clipped = above | below
-    bounded = held.masked_fill(above, clip_high).masked_fill(below, -clip_low)
-    # Without the mask, a mean too large for the number format would make 0 * inf.
-    log_mean = tokens.spread(tokens.means(bounded)).masked_fill(tokens.advantages == 0, 0.0)
-    own_gradient = kept_ratio(tokens.current_logprobs - tokens.current_logprobs.detach(), clipped)
-    return TokenLoss(
-        loss=-log_mean.exp() * own_gradient * tokens.advantages,
-        clipped=clipped,
-    )
+    with torch.no_grad():
+        log_ratio = tokens.current_logprobs - tokens.proximal_logprobs
+        above = (tokens.advantages > 0) & (log_ratio > clip_high)
+        below = (tokens.advantages < 0) & (log_ratio < -clip_low)
+        clipped = above | below
+        bounded = log_ratio.masked_fill(above, clip_high).masked_fill(below, -clip_low)
+        surrogate = tokens.spread(finite_exp(tokens.means(bounded))) * tokens.advantages
+        slopes = surrogate * ~clipped
+    loss = -with_slopes(surrogate, slopes, tokens.current_logprobs)
+    return TokenLoss(loss=loss, clipped=clipped)
 
 
 def vespo(
@@ -137,12 +139,13 @@ def vespo(
         if not value > 0:
             raise ValueError(f"{name} must be above 0, got {value}")
     log_ratio = (tokens.current_logprobs - tokens.behavior_logprobs).detach()
-    log_weight = tokens.spread(tokens.sums(log_ratio))
-    negative = tokens.advantages < 0
-    k = torch.full_like(log_weight, k_positive).masked_fill(negative, k_negative)
-    lam = torch.full_like(log_weight, lambda_positive).masked_fill(negative, lambda_negative)
+    log_weights = tokens.sums(log_ratio)
     # An infinite W is harmless in this form: the exponent is minus infinity.
-    kernel = (k * log_weight + lam * (1 - log_weight.exp())).exp()
+    positive, negative = (
+        tokens.spread((k * log_weights + lam * (1 - log_weights.exp())).exp())
+        for k, lam in ((k_positive, lambda_positive), (k_negative, lambda_negative))
+    )
+    kernel = torch.where(tokens.advantages < 0, negative, positive)
     return weighted_reinforce(tokens.current_logprobs, tokens.advantages, weights=kernel)
 
 
@@ -166,6 +169,6 @@ def topr(tokens: LossTokens) -> TokenLoss:
     Source: TOPR (arXiv 2503.14286), the update with the advantage for the reward.
     """
     log_ratio = (tokens.current_logprobs - tokens.behavior_logprobs).detach()
-    ratio = tokens.spread(tokens.sums(log_ratio)).clamp(max=0.0).exp()
-    weights = ratio.masked_fill(tokens.advantages > 0, 1.0)
+    weights = tokens.spread(tokens.sums(log_ratio).clamp(max=0.0).exp())
+    weights = weights.masked_fill(tokens.advantages > 0, 1.0)
     return weighted_reinforce(tokens.current_logprobs, tokens.advantages, weights=weights)

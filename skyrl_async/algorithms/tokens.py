@@ -21,8 +21,8 @@ def sequence_sums(values: Tensor, sequence_ids: Tensor, num_sequences: int) -> T
 
 def sequence_means(values: Tensor, sequence_ids: Tensor, num_sequences: int) -> Tensor:
     """Return ``[S]``: the mean of ``values [T]`` over each sequence; 0 for one without tokens."""
-    lengths = sequence_sums(torch.ones_like(values), sequence_ids, num_sequences)
-    return sequence_sums(values, sequence_ids, num_sequences) / lengths.clamp(min=1)
+    lengths = torch.bincount(sequence_ids, minlength=num_sequences).clamp(min=1).to(values.dtype)
+    return sequence_sums(values, sequence_ids, num_sequences) / lengths
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +81,7 @@ class LossTokens:
 
     def spread(self, values: Tensor) -> Tensor:
         """Return ``[T]``: the value ``values [S]`` of each token's sequence."""
-        return values[self.sequence_ids]
+        return values.index_select(0, self.sequence_ids)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

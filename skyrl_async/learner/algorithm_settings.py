@@ -6,9 +6,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from skyrl_async.algorithms import behavior_losses, sequence_losses
 from skyrl_async.algorithms.aggregation import AggregationKind
 from skyrl_async.algorithms.composition import CorrectionSettings
 from skyrl_async.algorithms.distillation import DistillationSettings
+from skyrl_async.algorithms.kl import KlEstimator
 from skyrl_async.algorithms.policy_losses import ppo_clip
 from skyrl_async.algorithms.tokens import TokenLoss
 from skyrl_async.learner.critic import CriticSettings
@@ -16,10 +18,27 @@ from skyrl_async.learner.critic import CriticSettings
 PolicyLossFunction = Callable[..., TokenLoss]
 """``loss(tokens: LossTokens, **options) -> TokenLoss``."""
 
-KlEstimator = Literal["k1", "k2", "k3", "unbiased_k3"]
+MAX_LOG_RATIO = 10.0
+"""Of policy to reference, in the estimators of the divergence that exponentiate it."""
 
 VALUE_ESTIMATORS = ("gae", "length_adaptive_gae", "turn_level_gae", "vtrace", "retrace")
 """Advantage estimators that need a critic."""
+
+WEIGHTED_LOSSES: frozenset[PolicyLossFunction] = frozenset(
+    {
+        behavior_losses.ppo_behavior,
+        behavior_losses.reinforce_is,
+        behavior_losses.aipo,
+        behavior_losses.dppo_tv,
+        behavior_losses.dppo_kl,
+        behavior_losses.m2po,
+        behavior_losses.double_sided,
+        behavior_losses.topr_token,
+        sequence_losses.topr,
+        sequence_losses.vespo,
+    }
+)
+"""Losses whose ratio is to the behavior policy."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,12 +48,19 @@ class KlSettings:
     Attributes:
         coefficient: 0 for none; then no reference policy is needed.
         estimator: of the divergence from the reference, per token.
-        placement: added to the loss, or taken off the rewards (there always as k1).
+        placement: added to the loss, or taken off the rewards.
     """
 
     coefficient: float = 0.0
-    estimator: KlEstimator = "k3"
+    estimator: Literal["auto", KlEstimator] = "auto"
     placement: Literal["loss", "reward"] = "loss"
+
+    @property
+    def kind(self) -> KlEstimator:
+        """The estimator that ``auto`` stands for: the usual one of each placement."""
+        if self.estimator != "auto":
+            return self.estimator
+        return "k3" if self.placement == "loss" else "k1"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +78,7 @@ class AlgorithmSettings:
         overlong_buffer_tokens: length of the band below ``max_tokens`` in which the reward falls by
             up to 1; 0 for none.
         max_tokens: of a trajectory, for that band.
+        mask_truncated: leave trajectories that a limit ended out of the loss.
         proximal: logprobs of the weights at the start of the step: ``recomputed`` by a forward
             pass, or ``interpolated`` between behavior and current policy (an approximation).
         correction: importance weights and masks.
@@ -76,6 +103,7 @@ class AlgorithmSettings:
     whiten_advantages: bool = False
     overlong_buffer_tokens: int = 0
     max_tokens: int = 0
+    mask_truncated: bool = False
     proximal: Literal["recomputed", "interpolated"] = "recomputed"
     correction: CorrectionSettings = field(default_factory=CorrectionSettings)
     loss: PolicyLossFunction = ppo_clip
@@ -104,6 +132,21 @@ class AlgorithmSettings:
         return self.advantage in VALUE_ESTIMATORS
 
     @property
+    def loss_is_weighted(self) -> bool:
+        """Whether the loss itself weighs tokens against the policy that sampled them."""
+        return self.loss in WEIGHTED_LOSSES
+
+    @property
+    def loss_masks_minibatch(self) -> bool:
+        """Whether the loss has a mask that depends on all tokens of a minibatch."""
+        return self.loss is behavior_losses.m2po
+
+    @property
+    def bootstraps(self) -> bool:
+        """Whether a sequence that a limit cut off has a value after its last token."""
+        return self.critic is not None and self.critic.bootstrap_truncated
+
+    @property
     def needs_gradient_norms(self) -> bool:
         """Whether the advantages need the gradient of every trajectory."""
         return self.advantage == "optimal_off_policy_baseline"
@@ -119,6 +162,7 @@ class AlgorithmSettings:
         return (
             self.needs_values
             or self.correction.needs_whole_batch
+            or self.loss_masks_minibatch
             or self.kl_in_reward
             or self.scale_rate_by_ess
             or self.distillation is not None

@@ -35,6 +35,8 @@ class CriticSettings:
         updates: optimizer steps for each of the policy's.
         clip: values move at most so far from those at the start of the step; None for no limit.
         max_grad_norm: gradients are scaled down to this norm.
+        bootstrap_truncated: the value after the last token of a trajectory that a limit ended is
+            the critic's, not 0.
     """
 
     kind: CriticKind = "model"
@@ -42,6 +44,7 @@ class CriticSettings:
     updates: int = 1
     clip: float | None = 0.2
     max_grad_norm: float = 1.0
+    bootstrap_truncated: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -137,7 +137,7 @@ class Learner:
         if settings.algorithm.distillation is not None:
             frozen["teacher"] = self._frozen(teacher, None)
         self._target_passes = TargetPasses(
-            policy, settings.algorithm, critic=self.critic, ranks=self._ranks, **frozen
+            self.trainer, settings.algorithm, packing=self.packing, critic=self.critic, **frozen
         )
         self._remembered: tuple[Any, Any] | None = None
 
@@ -324,7 +324,7 @@ class Learner:
         added = StepSums(train_version=self.policy_version, device=self._ranks.device)
         loss = self._backward(minibatch, targets, added)
         with self._ledger.part("step"):
-            norm = self.trainer.apply(loss, rate_scale=self._rate_scale(targets))
+            norm = self.trainer.apply(loss, rate_scale=targets.rate_scale)
         if norm is None:
             sums.skipped_minibatches += 1
             return
@@ -371,12 +371,3 @@ class Learner:
             current_version=self.policy_version + 1,
             proximal_version=self.policy_version,
         )
-
-    def _rate_scale(self, targets: Targets) -> float:
-        """Return the root of the effective sample fraction of a minibatch, if it is asked for."""
-        correction = targets.correction
-        if not self._settings.algorithm.scale_rate_by_ess or correction is None:
-            return 1.0
-        weights = correction.weights[correction.mask].double()
-        squared = float(weights.square().sum())
-        return float(weights.sum()) / (squared * len(weights)) ** 0.5 if squared else 1.0

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from skyrl_async.algorithms.corrections import finite_mask
 from skyrl_async.learner.packing import Microbatch
 from skyrl_async.learner.rank_group import RankGroup
 from skyrl_async.types import TrainSequence
@@ -26,13 +27,14 @@ class LossBatch:
     """What is known of the tokens before any forward pass.
 
     Attributes:
-        behavior_logprobs: ``[T]``, of the engine.
+        behavior_logprobs: ``[T]``, of the engine; NaN where it reported none that can be one.
         policy_versions: ``[T]`` int64, that sampled the tokens.
         advantages: ``[T]``, from rewards alone.
         sequence_ids: ``[T]`` int64, in ``0 .. S - 1``.
         prompt_ids: ``[T]`` int64, the group of each token, in ``0 .. number of groups - 1``.
         turn_ids: ``[T]`` int64, the reply of each token within its sequence, counted from 0.
         rewards: ``[S]``, of the trajectories.
+        truncated: ``[S]`` bool, whether a limit ended them.
     """
 
     behavior_logprobs: Tensor
@@ -42,6 +44,7 @@ class LossBatch:
     prompt_ids: Tensor
     turn_ids: Tensor
     rewards: Tensor
+    truncated: Tensor
 
     @classmethod
     def of(
@@ -72,7 +75,10 @@ class LossBatch:
             "prompt_ids": spread([groups[s.group_id] for s in sequences]),
             "turn_ids": torch.from_numpy(np.concatenate(turns) if turns else np.zeros(0, np.int64)),
             "rewards": torch.tensor([s.reward for s in sequences], dtype=dtype),
+            "truncated": torch.tensor([s.truncated for s in sequences], dtype=torch.bool),
         }
+        reported = fields["behavior_logprobs"]
+        fields["behavior_logprobs"] = reported.masked_fill(~finite_mask(reported), torch.nan)
         return cls(**{name: tensor.to(device) for name, tensor in fields.items()})
 
     @property

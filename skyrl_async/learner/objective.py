@@ -6,7 +6,7 @@ r"""The training objective of one microbatch: every choice of algorithm meets he
 
 ``a`` are the shares of aggregation, ``w`` the importance weights, ``l`` the policy loss, ``R`` the
 squared log ratio to the behavior policy. Tokens that a correction rejects have no part in any of
-it.
+it: what pulls the policy back to the reference does not reach them either.
 """
 
 from __future__ import annotations
@@ -20,14 +20,11 @@ from skyrl_async.algorithms import kl
 from skyrl_async.algorithms.composition import CorrectionSettings, correct
 from skyrl_async.algorithms.regularizers import squared_log_ratio
 from skyrl_async.algorithms.tokens import LossTokens
-from skyrl_async.learner.algorithm_settings import AlgorithmSettings, KlEstimator
+from skyrl_async.learner.algorithm_settings import MAX_LOG_RATIO, AlgorithmSettings, KlSettings
 from skyrl_async.learner.logprobs import TokenOutputs
 from skyrl_async.learner.loss_batch import LossBatch
 from skyrl_async.learner.packing import Microbatch
 from skyrl_async.learner.targets import Targets
-
-MAX_LOG_RATIO = 10.0
-"""Of the current to the reference policy, in the estimators that exponentiate it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,9 +64,14 @@ def objective(
     index = microbatch.index
     tokens, log_ratios = _loss_tokens(outputs, microbatch, batch, targets, proximal_logprobs)
     weights, kept = _correction(tokens, log_ratios, index, targets, settings.correction)
-    tokens, share = tokens.select(kept), targets.aggregation[index][kept]
+    share = targets.aggregation[index]
+    kept = kept & (share > 0)
+    tokens, share = tokens.select(kept), share[kept]
     entropy = outputs.entropy[kept]
-    policy = settings.loss(tokens, **settings.loss_options)
+    options = dict(settings.loss_options)
+    if targets.loss_kept is not None:
+        options["kept"] = targets.loss_kept[index][kept]
+    policy = settings.loss(tokens, **options)
     policy_loss = (share * weights[kept] * policy.loss).sum()
     total = policy_loss - settings.entropy_coefficient * (share * entropy).sum()
     if settings.squared_log_ratio_coefficient:
@@ -78,7 +80,7 @@ def objective(
     divergence = torch.zeros_like(share)
     if targets.reference_logprobs is not None:
         reference = targets.reference_logprobs[index][kept]
-        divergence = _divergence(tokens, reference, estimator=settings.kl.estimator)
+        divergence = _divergence(tokens, reference, settings.kl)
         if settings.kl.placement == "loss":
             total = total + settings.kl.coefficient * (share * divergence).sum()
     # A rejected token must not hide that the policy itself is broken: 0 times NaN is NaN.
@@ -138,25 +140,19 @@ def _correction(
     return made.weights, made.mask
 
 
-def _divergence(tokens: LossTokens, reference: Tensor, *, estimator: KlEstimator) -> Tensor:
-    """Return ``[T]``: the estimate of the divergence from the reference policy."""
-    log_ratios = tokens.current_logprobs - reference
-    match estimator:
-        case "k1":
-            return kl.k1(log_ratios)
-        case "k2":
-            return kl.k2(log_ratios)
-        case "k3":
-            return kl.k3(log_ratios, clamp=MAX_LOG_RATIO)
-        case "unbiased_k3":
-            to_behavior = tokens.current_logprobs - tokens.behavior_logprobs
-            return kl.unbiased_k3(
-                log_ratios, log_ratios_to_behavior=to_behavior, clamp=MAX_LOG_RATIO
-            )
+def _divergence(tokens: LossTokens, reference: Tensor, settings: KlSettings) -> Tensor:
+    """Return ``[T]``: the divergence from the reference policy; as K3 where it is no loss."""
+    return kl.divergence(
+        settings.kind if settings.placement == "loss" else "k3",
+        tokens.current_logprobs - reference,
+        log_ratios_to_behavior=tokens.current_logprobs - tokens.behavior_logprobs,
+        clamp=MAX_LOG_RATIO,
+    )
 
 
 def _largest(log_ratios: Tensor) -> Tensor:
-    return log_ratios.max().exp() if log_ratios.numel() else log_ratios.new_zeros(())
+    finite = log_ratios[log_ratios.isfinite()]
+    return finite.max().exp() if finite.numel() else log_ratios.new_zeros(())
 
 
 def _ratio_sums(

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from skyrl_async.algorithms.reward_shaping import overlong_penalty
-from skyrl_async.types import SampledGroup, TrainSequence, Trajectory
+from skyrl_async.types import SampledGroup, TrainSequence, Trajectory, TrajectoryStatus
 
 AdvantageEstimator = Callable[[NDArray[np.floating], NDArray[np.integer]], NDArray[np.floating]]
 """From rewards ``[N]`` and group ids ``[N]`` of a batch to one value per trajectory ``[N]``."""
@@ -57,6 +57,7 @@ def make_sequences(
                 advantages=mask * np.float32(value),
                 reward=float(reward),
                 group_id=sampled.group.group_id,
+                truncated=t.status is TrajectoryStatus.TRUNCATED,
             )
         )
     return sequences

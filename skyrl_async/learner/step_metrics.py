@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from skyrl_async.algorithms.corrections import finite_mask
 from skyrl_async.learner.objective import Objective
 from skyrl_async.learner.packing import Microbatch
 from skyrl_async.learner.rank_group import RankGroup
@@ -56,7 +57,8 @@ class StepSums:
     @torch.no_grad()
     def add(self, microbatch: Microbatch, result: Objective, proximal: Tensor) -> None:
         """Add the tokens of one microbatch."""
-        fresh = microbatch.prefix_versions == self._train_version
+        reported = finite_mask(microbatch.behavior_logprobs)
+        fresh = (microbatch.prefix_versions == self._train_version) & reported
         log_ratio = (proximal - microbatch.behavior_logprobs)[fresh]
         values = {
             **result.sums,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,12 +13,13 @@ from torch import Tensor
 from skyrl_async.algorithms.distillation import on_policy_distillation
 from skyrl_async.learner.algorithm_settings import AlgorithmSettings
 from skyrl_async.learner.critic import Critic
+from skyrl_async.learner.critic_bootstrap import values_after
 from skyrl_async.learner.logprobs import PolicyModule, token_logprobs
 from skyrl_async.learner.lora import reference_policy
 from skyrl_async.learner.loss_batch import gathered
-from skyrl_async.learner.minibatches import Minibatch
+from skyrl_async.learner.minibatches import Minibatch, PackingSettings
 from skyrl_async.learner.packing import Microbatch
-from skyrl_async.learner.rank_group import RankGroup
+from skyrl_async.learner.policy_trainer import PolicyTrainer
 from skyrl_async.learner.targets import make_targets
 
 
@@ -25,37 +27,38 @@ class TargetPasses:
     """Runs policy, critic, reference and teacher over the minibatches, as far as they are needed.
 
     Args:
-        policy: that is trained.
+        trainer: of the policy.
         settings: what to minimize.
+        packing: of a rank's share.
         critic: None without one.
         reference: that a KL penalty holds on to; None if it is the policy without its adapter.
         teacher: None without a distillation.
-        ranks: of the learner group.
     """
 
     def __init__(
         self,
-        policy: PolicyModule,
+        trainer: PolicyTrainer,
         settings: AlgorithmSettings,
         *,
+        packing: PackingSettings,
         critic: Critic | None,
         reference: PolicyModule | None,
         teacher: PolicyModule | None,
-        ranks: RankGroup,
     ) -> None:
-        self._policy = policy
+        self._trainer = trainer
+        self._policy: Any = trainer.module
+        self._packing = packing
         self._settings = settings
         self._critic = critic
         self._reference = reference
         self._teacher = teacher
-        self._ranks = ranks
 
     @torch.no_grad()
     def run(self, minibatches: Sequence[Minibatch]) -> None:
         """Give every minibatch its targets, and proximal logprobs where its training has none."""
         settings = self._settings
         for number, minibatch in enumerate(minibatches):
-            proximal = values = reference = None
+            proximal = values = after = reference = None
             if settings.needs_whole_batch:
                 proximal = self._gather(partial(token_logprobs, self._policy), minibatch)
             elif number and settings.proximal == "recomputed":
@@ -66,12 +69,21 @@ class TargetPasses:
                 reference = self._reference_logprobs(minibatch)
             if self._critic is not None:
                 values = self._gather(self._critic.values, minibatch)
+            if self._critic is not None and settings.bootstraps:
+                after = values_after(
+                    self._critic,
+                    minibatch.sequences,
+                    [s.truncated for s in minibatch.sequences],
+                    trainer=self._trainer,
+                    packing=self._packing,
+                )
             minibatch.targets = make_targets(
                 minibatch.tokens,
                 settings,
                 proximal_logprobs=proximal,
                 reference_logprobs=reference,
                 values=values,
+                bootstrap_values=after,
             )
             if proximal is not None:
                 minibatch.proximal_logprobs = [proximal[m.index] for m in minibatch.microbatches]
@@ -106,5 +118,5 @@ class TargetPasses:
             compute,
             minibatch.microbatches,
             like=minibatch.tokens.behavior_logprobs,
-            ranks=self._ranks,
+            ranks=self._trainer.ranks,
         )

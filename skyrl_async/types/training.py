@@ -21,6 +21,7 @@ class TrainSequence:
         advantages: credit per token; 0 outside the loss.
         reward: of the whole trajectory.
         group_id: of its group, whose members share a prompt.
+        truncated: whether a limit ended it, and not the environment.
     """
 
     token_ids: Int32Array
@@ -31,6 +32,7 @@ class TrainSequence:
     advantages: Float32Array
     reward: float
     group_id: int
+    truncated: bool = False
 
     def __post_init__(self) -> None:
         arrays = (self.loss_mask, self.behavior_logprobs, self.policy_versions, self.advantages)

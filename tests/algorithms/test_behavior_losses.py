@@ -54,6 +54,24 @@ def test_m2_mask_drops_what_the_literal_loop_drops(rows, limit):
     )
 
 
+@pytest.mark.parametrize("limit", [0.0, 1e-3, 0.04, 0.3, 0.9])
+@pytest.mark.parametrize("values", ["continuous", "of few sizes"])
+@pytest.mark.parametrize("seed", range(3))
+def test_m2_mask_of_many_tokens_drops_what_sorting_all_of_them_drops(limit, values, seed):
+    generator = torch.Generator().manual_seed(seed)
+    log_ratios, advantages = torch.randn(2, 5000, generator=generator, dtype=torch.float64)
+    if values == "of few sizes":
+        log_ratios = (4 * log_ratios).round() / 4
+    outward = advantages * log_ratios.sign() > 0
+    squares = log_ratios.square().masked_fill(~outward, torch.inf)
+    ascending, order = squares.sort(stable=True)
+    within = torch.empty_like(outward)
+    within[order] = ascending.cumsum(0) / torch.arange(1, 5001) <= limit
+    expected = within | ~outward
+    assert (~expected).any()
+    assert torch.equal(m2_mask(log_ratios, advantages, limit=limit), expected)
+
+
 def test_m2_mask_bounds_the_second_moment_and_never_drops_tokens_moving_back():
     generator = torch.Generator().manual_seed(0)
     log_ratios = torch.randn(400, generator=generator, dtype=torch.float64)

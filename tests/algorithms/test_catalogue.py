@@ -10,6 +10,7 @@ from skyrl_async.algorithms import advantages
 from skyrl_async.algorithms.__main__ import as_json, as_markdown, main
 from skyrl_async.algorithms.catalogue import check_loss, entries, find_loss, losses
 from skyrl_async.algorithms.composition import CorrectionSettings
+from skyrl_async.algorithms.kl import KlEstimator
 from skyrl_async.config_algorithm import (
     ADVANTAGES,
     BEHAVIOR_LOSSES,
@@ -22,6 +23,7 @@ from skyrl_async.config_algorithm import (
 from skyrl_async.config_loading import PRESETS, ConfigError, load_config
 from skyrl_async.learner.algorithm_settings import (
     VALUE_ESTIMATORS,
+    WEIGHTED_LOSSES,
     AlgorithmSettings,
     KlSettings,
 )
@@ -65,6 +67,10 @@ def test_the_configuration_knows_exactly_the_losses_that_there_are_and_their_rat
         assert any(f"Ratio: {ratio}" in doc for ratio in ratios), name
 
 
+def test_the_learner_knows_exactly_the_losses_whose_ratio_is_to_the_behavior_policy():
+    assert {find_loss(name) for name in BEHAVIOR_LOSSES} == WEIGHTED_LOSSES
+
+
 def test_the_configuration_knows_exactly_the_estimators_that_there_are():
     for name in ADVANTAGES:
         if name in (*VALUE_ESTIMATORS, "optimal_off_policy_baseline"):
@@ -82,7 +88,7 @@ def choices(owner: type, name: str) -> tuple[str, ...]:
     ("section", "settings", "names"),
     [
         (AlgorithmSection, AlgorithmSettings, ("proximal", "aggregation")),
-        (KlSection, KlSettings, ("estimator", "placement")),
+        (KlSection, KlSettings, ("placement",)),
         (CorrectionSection, CorrectionSettings, ("k_level",)),
     ],
 )
@@ -95,6 +101,8 @@ def test_the_configuration_has_all_weights_estimators_with_values_and_critics():
     weights = choices(CorrectionSettings, "weight")
     assert get_args(config_algorithm.WeightKind) == weights
     assert choices(CorrectionSection, "weight") == ("auto", *weights)
+    estimators = ("auto", *get_args(KlEstimator))
+    assert choices(KlSection, "estimator") == estimators == choices(KlSettings, "estimator")
     assert config_algorithm.VALUE_ESTIMATORS == VALUE_ESTIMATORS
     assert set(choices(CriticSection, "kind")) == {"none", *choices(CriticSettings, "kind")}
 
@@ -162,9 +170,49 @@ def test_uncorrected_training_needs_consent_only_where_tokens_can_be_stale():
     load_config(None, ["correction.weight=none", "algorithm.allow_uncorrected=true"])
 
 
+def test_vtrace_is_a_correction_where_no_other_weight_is():
+    vtrace = ["algorithm=vtrace", "staleness.max=4", "algorithm.loss=reinforce"]
+    plain = [*vtrace, "algorithm.loss_options={}", "correction.weight=none"]
+    assert algorithm_settings(load_config(None, plain)).correction.weight == "none"
+    with pytest.raises(ConfigError, match="without any off-policy correction"):
+        load_config(None, [*plain, "algorithm.advantage=gae"])
+    with pytest.raises(ConfigError, match="without any off-policy correction"):
+        load_config(None, [*plain, "algorithm.loss=ppo_behavior"])
+
+
+@pytest.mark.parametrize("override", ["algorithm.loss=aipo", "correction.weight=none"])
+def test_a_rate_that_would_follow_no_weights_is_refused(override):
+    with pytest.raises(ConfigError, match=r"the rate would never change; set correction.weight"):
+        load_config(None, ["algorithm.scale_rate_by_ess=true", "staleness.max=0", override])
+
+
+def test_what_a_limit_cuts_off_is_left_out_by_configuration():
+    assert not algorithm_settings(load_config(None, [])).mask_truncated
+    assert algorithm_settings(load_config(None, ["algorithm.mask_truncated=true"])).mask_truncated
+
+
+def test_what_a_limit_cuts_off_is_bootstrapped_by_configuration():
+    for value in (False, True):
+        override = f"critic.bootstrap_truncated={str(value).lower()}"
+        settings = algorithm_settings(load_config(None, ["algorithm=vtrace", override]))
+        assert settings.bootstraps is value
+    assert not algorithm_settings(load_config(None, ["algorithm=vtrace"])).bootstraps
+    assert not algorithm_settings(load_config(None, [])).bootstraps
+
+
+def test_the_estimator_of_the_divergence_is_by_default_the_usual_one_of_its_placement():
+    for placement, usual in (("loss", "k3"), ("reward", "k1")):
+        kl = ["kl.coefficient=0.1", f"kl.placement={placement}"]
+        assert algorithm_settings(load_config(None, kl)).kl.kind == usual
+        chosen = algorithm_settings(load_config(None, [*kl, "kl.estimator=unbiased_k3"]))
+        assert chosen.kl.kind == "unbiased_k3"
+
+
 def test_interpolated_proximal_logprobs_come_too_late_for_masks():
     with pytest.raises(ConfigError, match=r"correction.token_high=2.*proximal=recomputed"):
         load_config(None, ["algorithm.proximal=interpolated", "correction.token_high=2"])
+    with pytest.raises(ConfigError, match=r"algorithm.loss=m2po.*proximal=recomputed"):
+        load_config(None, ["algorithm.proximal=interpolated", "algorithm.loss=m2po"])
 
 
 def test_options_that_a_loss_does_not_have_are_refused():

@@ -1,4 +1,4 @@
-"""Ratios that keep no gradient where a trust region ends, number by number."""
+"""Surrogates that keep no gradient where a trust region ends, number by number."""
 
 import math
 
@@ -11,8 +11,10 @@ from skyrl_async.algorithms.clipping import (
     check_cap,
     check_clip_range,
     clipped_surrogate,
-    kept_ratio,
+    finite_exp,
+    masked_surrogate,
     weighted_reinforce,
+    with_slopes,
 )
 
 ROWS = st.lists(
@@ -55,12 +57,28 @@ def test_the_cap_ends_the_ratio_of_bad_tokens_only():
     assert good.loss.tolist() == pytest.approx([-4.0, -2.0])
 
 
-def test_a_dropped_ratio_that_would_overflow_is_one_and_has_a_gradient_of_zero():
-    log_ratios = torch.tensor([1e6, math.log(2.0)], requires_grad=True)
-    ratios = kept_ratio(log_ratios, torch.tensor([True, False]))
-    (gradient,) = torch.autograd.grad((ratios * torch.tensor([0.0, 3.0])).sum(), log_ratios)
-    assert ratios.tolist() == pytest.approx([1.0, 2.0])
-    assert gradient.tolist() == pytest.approx([0.0, 6.0])
+def test_a_ratio_that_would_overflow_is_zero_where_dropped_or_without_advantage():
+    log_ratios = torch.tensor([1e6, 1e6, math.log(2.0)], requires_grad=True)
+    dropped = torch.tensor([True, False, False])
+    result = masked_surrogate(log_ratios, torch.tensor([3.0, 0.0, 3.0]), dropped)
+    (gradient,) = torch.autograd.grad(result.loss.sum(), log_ratios)
+    assert result.loss.tolist() == pytest.approx([0.0, 0.0, -6.0])
+    assert gradient.tolist() == pytest.approx([0.0, 0.0, -6.0])
+    assert result.clipped is dropped
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_exponential_ends_at_the_largest_number_of_its_type(dtype):
+    largest = torch.finfo(dtype).max
+    assert finite_exp(torch.tensor([-math.inf, 0.0, 1e6], dtype=dtype)).tolist() == [0, 1, largest]
+
+
+def test_values_are_given_their_slopes():
+    variable = torch.tensor([-1.5, 2.0], requires_grad=True)
+    values = with_slopes(torch.tensor([7.0, -1.0]), torch.tensor([0.0, 5.0]), variable)
+    (gradient,) = torch.autograd.grad(values.sum(), variable)
+    assert values.tolist() == [7.0, -1.0]
+    assert gradient.tolist() == [0.0, 5.0]
 
 
 def test_weighted_reinforce_has_the_slope_of_weight_times_advantage():

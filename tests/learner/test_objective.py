@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from skyrl_async.algorithms.advantages import estimate
+from skyrl_async.algorithms.behavior_losses import m2po
 from skyrl_async.algorithms.composition import CorrectionSettings
 from skyrl_async.config_loading import load_config
 from skyrl_async.learner.algorithm_settings import AlgorithmSettings, KlSettings
@@ -23,6 +24,7 @@ from skyrl_async.learner.packing import Microbatch, first_loss_indices, pack
 from skyrl_async.learner.sequences import make_sequences
 from skyrl_async.learner.targets import make_targets
 from skyrl_async.runtime.settings import algorithm_settings
+from tests.algorithms.literal_losses import m2_kept
 from tests.records import random_batch
 
 F64 = torch.float64
@@ -35,7 +37,10 @@ class Scene:
 
     def __init__(self, seed: int, algorithm: AlgorithmSettings) -> None:
         groups = random_batch(seed, train_version=3, num_groups=3, group_size=4).groups
-        self.sequences = make_sequences(groups, advantage=partial(estimate, algorithm.advantage))
+        sequences = make_sequences(groups, advantage=partial(estimate, algorithm.advantage))
+        self.sequences = [
+            replace(s, truncated=number % 3 == 0) for number, s in enumerate(sequences)
+        ]
         self.batch = LossBatch.of(self.sequences, dtype=F64)
         rng = torch.Generator().manual_seed(seed)
         shape = self.batch.behavior_logprobs.shape
@@ -132,6 +137,12 @@ def test_the_squared_log_ratio_is_added_by_configuration_without_weight_to_the_k
     torch.testing.assert_close(slopes, expected, rtol=0, atol=1e-12)
 
 
+M2PO = replace(
+    PLAIN,
+    loss=m2po,
+    loss_options={"limit": 0.05},
+    correction=CorrectionSettings(weight="none", token_mask=(0.3, 3.0)),
+)
 MASKS = CorrectionSettings(token_mask=(0.5, 1.8), normalize_weights=True)
 
 
@@ -146,10 +157,13 @@ MASKS = CorrectionSettings(token_mask=(0.5, 1.8), normalize_weights=True)
         replace(PLAIN, advantage="batch_normalized", whiten_advantages=True),
         replace(PLAIN, kl=KlSettings(coefficient=0.2, placement="reward")),
         replace(PLAIN, correction=MASKS, squared_log_ratio_coefficient=0.5),
+        M2PO,
+        replace(PLAIN, mask_truncated=True),
+        replace(PLAIN, mask_truncated=True, correction=MASKS, aggregation="sequence_mean"),
     ],
     ids=[
         *("plain", "masks", "sequences", "prompts", "constant", "whitened", "kl in reward"),
-        "squared log ratio",
+        *("squared log ratio", "m2po", "without truncated", "without truncated, masks"),
     ],
 )
 @settings(deadline=None, max_examples=10)
@@ -161,6 +175,20 @@ def test_value_and_gradient_do_not_depend_on_the_split(algorithm, seed, cuts):
     torch.testing.assert_close(scene.gradient(cuts), scene.gradient([]), rtol=0, atol=1e-12)
 
 
+def test_m2po_has_the_mask_of_the_whole_minibatch_over_the_tokens_that_are_kept():
+    scene = Scene(5, M2PO)
+    log_ratios = (scene.proximal - scene.batch.behavior_logprobs).tolist()
+    advantages = scene.batch.advantages.tolist()
+    kept = [t for t, x in enumerate(log_ratios) if 0.3 <= math.exp(x) <= 3.0]
+    chosen = m2_kept([log_ratios[t] for t in kept], [advantages[t] for t in kept], 0.05)
+    assert 0 < sum(chosen) < len(kept) < len(log_ratios)
+    w = (scene.current - scene.batch.behavior_logprobs).exp().tolist()
+    terms = [-w[t] * advantages[t] for t, inside in zip(kept, chosen, strict=True) if inside]
+    assert scene.total([3, 7]).item() == pytest.approx(sum(terms) / len(kept), rel=1e-9)
+    clipped = sum(r.sums["clipped"].item() for _, r in scene.results([3, 7]))
+    assert clipped == len(kept) - len(terms)
+
+
 def test_a_masked_token_leaves_gradient_and_denominator():
     scene = Scene(2, replace(PLAIN, correction=CorrectionSettings(token_mask=(0.7, 1.4))))
     ratios = (scene.proximal - scene.batch.behavior_logprobs).exp()
@@ -170,6 +198,24 @@ def test_a_masked_token_leaves_gradient_and_denominator():
     assert torch.equal(gradient[~kept], torch.zeros_like(gradient[~kept]))
     assert scene.targets.aggregation.sum().item() == pytest.approx(1.0)
     assert scene.targets.aggregation[~kept].sum() == 0
+
+
+@pytest.mark.parametrize("masks", [False, True])
+def test_truncated_trajectories_leave_gradient_denominator_and_counts(masks):
+    correction = replace(MASKS, token_mask=(0.01, 100.0)) if masks else CorrectionSettings()
+    scene = Scene(6, replace(PLAIN, correction=correction, mask_truncated=True))
+    out = scene.batch.truncated[scene.batch.sequence_ids]
+    assert 0 < out.sum() < len(out)
+    gradient = scene.gradient([])
+    assert not gradient[out].any() and gradient[~out].any()
+    assert scene.targets.aggregation[~out].tolist() == pytest.approx(
+        [1 / int((~out).sum())] * int((~out).sum())
+    )
+    sums = [r.sums for _, r in scene.results([4])]
+    assert sum(s["tokens"].item() for s in sums) == (~out).sum()
+    assert sum(s["masked"].item() for s in sums) == out.sum()
+    whole = Scene(6, replace(PLAIN, correction=correction))
+    assert whole.gradient([])[out].any(), "without the setting they are trained"
 
 
 def test_a_broken_policy_is_not_hidden_by_a_mask():

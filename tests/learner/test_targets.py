@@ -11,7 +11,12 @@ import torch
 
 from skyrl_async.algorithms.advantages import estimate
 from skyrl_async.algorithms.composition import CorrectionSettings
-from skyrl_async.learner.algorithm_settings import AlgorithmSettings, KlSettings
+from skyrl_async.learner.algorithm_settings import (
+    VALUE_ESTIMATORS,
+    WEIGHTED_LOSSES,
+    AlgorithmSettings,
+    KlSettings,
+)
 from skyrl_async.learner.critic import CriticSettings
 from skyrl_async.learner.loss_batch import LossBatch
 from skyrl_async.learner.sequences import make_sequences
@@ -37,13 +42,18 @@ class Scene:
         self.reference = self.proximal + noise[1]
         self.values = noise[2]
 
-    def targets(self, settings: AlgorithmSettings, **missing: None):
+    def targets(self, settings: AlgorithmSettings, **other: torch.Tensor | None):
         given = {
             "proximal_logprobs": self.proximal,
             "reference_logprobs": self.reference,
             "values": self.values,
         }
-        return make_targets(self.batch, settings, **{**given, **missing})
+        return make_targets(self.batch, settings, **{**given, **other})
+
+    def rewards(self, number: int) -> list[float]:
+        """Return the reward of each loss token of one sequence."""
+        zeros = [0.0] * (int(self.of(number).sum()) - 1)
+        return [*zeros, self.sequences[number].reward]
 
     def actions(self, number: int) -> list[int]:
         """Return the lengths of the replies of one sequence, which lie between observations."""
@@ -124,6 +134,153 @@ def test_the_adaptive_lambda_is_for_the_policy_and_the_critic_learns_whole_retur
         advantages, _ = literal.gae(rewards, values, 1.0, [lam] * length)
         assert targets.advantages[own].tolist() == pytest.approx(advantages, abs=1e-12)
         assert targets.values.targets[own].tolist() == pytest.approx([sequence.reward] * length)
+
+
+def literal_returns(scene: Scene, settings: AlgorithmSettings, number: int, after: float):
+    """Return advantages and targets of one sequence with the value after its last token."""
+    own, rewards = scene.of(number), scene.rewards(number)
+    values, T = [*scene.values[own].tolist(), after], len(rewards)
+    gamma, lam = settings.gamma, settings.gae_lambda
+    w = (scene.proximal - scene.batch.behavior_logprobs)[own].exp().tolist()
+    match settings.advantage:
+        case "gae":
+            return literal.gae(rewards, values, gamma, [lam] * T)
+        case "turn_level_gae":
+            turns = scene.batch.turn_ids[own].tolist()
+            return literal.turn_level_gae(rewards, values, turns, gamma, lam)
+        case "length_adaptive_gae":
+            own_lam = min(max(1 - 1 / (settings.length_adaptive_alpha * T), 0.0), 1.0)
+            advantages, _ = literal.gae(rewards, values, gamma, [own_lam] * T)
+            return advantages, literal.gae(rewards, values, gamma, [1.0] * T)[1]
+        case "retrace":
+            return literal.retrace(rewards, values, w, gamma, lam)
+    v, _, _ = literal.vtrace(rewards, values, w, gamma, lam, 1.0, 1.0)
+    ahead = [*v[1:], after]
+    mixed = [(1 - lam) * a + lam * b for a, b in zip(values[1:], ahead, strict=True)]
+    return [r + gamma * x - y for r, x, y in zip(rewards, mixed, values[:-1], strict=True)], v
+
+
+@pytest.mark.parametrize("advantage", VALUE_ESTIMATORS)
+def test_a_value_after_the_last_token_enters_the_returns_of_its_sequence_alone(advantage):
+    scene = Scene(5)
+    settings = replace(GAE, advantage=advantage, length_adaptive_alpha=0.5)
+    after = torch.zeros(scene.batch.num_sequences, dtype=F64)
+    after[::2] = torch.linspace(-1, 2, len(after[::2]), dtype=F64)
+    cut, ended = scene.targets(settings, bootstrap_values=after), scene.targets(settings)
+    for number in range(len(scene.sequences)):
+        own = scene.of(number)
+        advantages, drawn_to = literal_returns(scene, settings, number, after[number].item())
+        assert cut.advantages[own].tolist() == pytest.approx(advantages, abs=1e-12)
+        assert cut.values.targets[own].tolist() == pytest.approx(drawn_to, abs=1e-12)
+        same = torch.equal(cut.advantages[own], ended.advantages[own])
+        assert same == (after[number] == 0)
+
+
+def test_with_a_lambda_of_one_the_last_value_comes_back_discounted_once_for_each_token():
+    scene = Scene(6)
+    settings = replace(GAE, gae_lambda=1.0)
+    after = torch.full((scene.batch.num_sequences,), 2.0, dtype=F64)
+    gained = (
+        scene.targets(settings, bootstrap_values=after).values.targets
+        - scene.targets(settings).values.targets
+    )
+    for number in range(len(scene.sequences)):
+        own = scene.of(number)
+        expected = [2.0 * 0.9**k for k in range(int(own.sum()), 0, -1)]
+        assert gained[own].tolist() == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("loss", sorted(WEIGHTED_LOSSES, key=lambda loss: loss.__name__))
+def test_vtrace_advantages_carry_no_weight_that_the_loss_has(loss):
+    scene = Scene(0)
+    settings = replace(
+        GAE, advantage="vtrace", loss=loss, correction=CorrectionSettings(weight="none")
+    )
+    targets = scene.targets(settings)
+    for number in range(len(scene.sequences)):
+        plain, _ = literal_returns(scene, settings, number, 0.0)
+        assert targets.advantages[scene.of(number)].tolist() == pytest.approx(plain, abs=1e-12)
+
+
+def test_of_turns_the_critic_learns_from_the_first_tokens_alone():
+    scene = Scene(2)
+    targets = scene.targets(replace(GAE, advantage="turn_level_gae"))
+    shares = targets.values.aggregation
+    firsts: list[bool] = []
+    for number in range(len(scene.sequences)):
+        for length in scene.actions(number):
+            firsts += [True, *[False] * (length - 1)]
+    assert not all(firsts)
+    expected = [first / sum(firsts) for first in firsts]
+    assert shares.tolist() == pytest.approx(expected)
+    assert targets.aggregation.tolist() == pytest.approx([1 / len(firsts)] * len(firsts))
+
+
+@pytest.mark.parametrize("invalid", [math.nan, math.inf, -math.inf, 0.5])
+@pytest.mark.parametrize("correction", [CorrectionSettings(), CorrectionSettings(veto_below=1e-9)])
+@pytest.mark.parametrize("advantage", ["mean_centered", *VALUE_ESTIMATORS])
+def test_a_token_without_a_behavior_logprob_leaves_loss_and_denominators(
+    advantage, correction, invalid
+):
+    scene = Scene(4)
+    place = len(scene.proximal) // 2
+    mask = np.concatenate([np.flatnonzero(s.loss_mask) for s in scene.sequences])
+    logprobs = [s.behavior_logprobs.copy() for s in scene.sequences]
+    logprobs[scene.batch.sequence_ids[place]][mask[place]] = invalid
+    scene.sequences = [
+        replace(s, behavior_logprobs=values)
+        for s, values in zip(scene.sequences, logprobs, strict=True)
+    ]
+    scene.batch = LossBatch.of(scene.sequences, dtype=F64)
+    targets = scene.targets(replace(GAE, advantage=advantage, correction=correction))
+    assert targets.aggregation[place] == 0
+    assert targets.aggregation.sum().item() == pytest.approx(1.0)
+    assert (targets.aggregation > 0).sum() == len(mask) - 1
+    assert targets.advantages.isfinite().all()
+    if targets.values is not None:
+        assert targets.values.targets.isfinite().all()
+        assert targets.values.aggregation[place] == 0
+
+
+@pytest.mark.parametrize("estimator", ["auto", "k1", "k2", "k3", "unbiased_k3"])
+def test_every_estimator_of_the_divergence_can_be_paid_in_the_reward(estimator):
+    scene = Scene(3)
+    settings = replace(GAE, kl=KlSettings(coefficient=0.3, estimator=estimator, placement="reward"))
+    targets = scene.targets(settings)
+    x = (scene.proximal - scene.reference).tolist()
+    w = (scene.proximal - scene.batch.behavior_logprobs).exp().tolist()
+    formula = {
+        "k1": lambda t: x[t],
+        "k2": lambda t: x[t] ** 2 / 2,
+        "k3": lambda t: math.exp(-x[t]) - 1 + x[t],
+        "unbiased_k3": lambda t: w[t] * (math.exp(-x[t]) - 1 + x[t]),
+    }["k1" if estimator == "auto" else estimator]
+    paid = torch.tensor([-0.3 * formula(t) for t in range(len(x))], dtype=F64)
+    for number, sequence in enumerate(scene.sequences):
+        own = scene.of(number)
+        rewards = paid[own].tolist()
+        rewards[-1] += sequence.reward
+        values = [*scene.values[own].tolist(), 0.0]
+        advantages, _ = literal.gae(rewards, values, 0.9, [0.8] * len(rewards))
+        assert targets.advantages[own].tolist() == pytest.approx(advantages, abs=1e-12)
+
+
+@pytest.mark.parametrize("weight", ["token", "sequence", "geometric"])
+def test_the_rate_follows_the_effective_share_of_what_has_a_weight(weight):
+    scene = Scene(1)
+    correction = CorrectionSettings(weight=weight, weight_cap=1.1, token_mask=(0.7, 1.6))
+    settings = AlgorithmSettings(scale_rate_by_ess=True, correction=correction)
+    targets = scene.targets(settings)
+    assert targets.correction is not None
+    kept, used = targets.correction.mask, targets.correction.weights
+    samples = used[kept].tolist()
+    if weight != "token":
+        own = [scene.of(number) & kept for number in range(len(scene.sequences))]
+        samples = [used[tokens][0].item() for tokens in own if tokens.any()]
+    ess = sum(samples) ** 2 / sum(w**2 for w in samples)
+    assert targets.rate_scale == pytest.approx(math.sqrt(ess / len(samples)), rel=1e-12)
+    assert targets.rate_scale < 1
+    assert scene.targets(replace(settings, scale_rate_by_ess=False)).rate_scale == 1.0
 
 
 @pytest.mark.parametrize("weight", ["none", "token"])
