@@ -121,18 +121,38 @@ def run_ours(args: argparse.Namespace, seed: int, folder: Path) -> dict[str, Any
     }
 
 
-def run_trl(args: argparse.Namespace, seed: int, folder: Path) -> dict[str, Any]:
-    """Run TRL on the same tasks; return its figures."""
-    tasks = folder / f"tasks{seed}.json"
-    tasks.write_text(json.dumps(first_tasks(seed, PROMPTS * args.steps)))
+def run_peer(
+    python: Path,
+    script: Path,
+    *options: str,
+    seed: int,
+    steps: int,
+    folder: Path,
+    max_seconds: float = 300,
+) -> dict[str, Any]:
+    """Run the script of another trainer on the same tasks; return its figures.
+
+    Args:
+        python: interpreter that has the trainer.
+        script: takes the arguments of ``peers/peer_task.py``, and prints its result.
+        options: of the script.
+        seed: of weights, tasks and sampling.
+        steps: optimizer steps of 256 trajectories.
+        folder: for the tasks' file.
+        max_seconds: after which training ends early.
+
+    Raises:
+        RuntimeError: if the script fails, or trains on other prompts than ours.
+    """
+    rows, tasks = first_tasks(seed, PROMPTS * steps), folder / f"tasks{seed}.json"
+    tasks.write_text(json.dumps(rows))
     command = [
-        *(str(args.trl_python), str(ROOT / "benchmarks" / "trl_single_turn.py")),
-        *("--tasks", str(tasks), "--steps", str(args.steps), "--seed", str(seed)),
-        *("--threads", "2"),
+        *(str(python), str(script), *options, "--tasks", str(tasks), "--steps", str(steps)),
+        *("--seed", str(seed), "--threads", "2", "--max-seconds", str(max_seconds)),
     ]
     answer = json.loads(run_text(command, threads=2).splitlines()[-1])
-    check_prompt(answer["first_prompt_token_ids"], seed)
-    return {**figures(answer["steps"]), "seed": seed, "versions": answer["versions"]}
+    check_prompt(answer.pop("first_prompt_token_ids"), rows)
+    return {**figures(answer.pop("steps")), "seed": seed, **answer}
 
 
 def first_tasks(seed: int, count: int) -> list[dict[str, Any]]:
@@ -146,14 +166,14 @@ def first_tasks(seed: int, count: int) -> list[dict[str, Any]]:
     return tasks
 
 
-def check_prompt(theirs: Sequence[int], seed: int) -> None:
-    """Refuse to compare if both sides do not see the same prompt tokens."""
+def check_prompt(theirs: Sequence[int], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse to compare if the prompt's tokens are those of none of the tasks on our side."""
     from skyrl_async.learner.tiny_policy import build_tiny_tokenizer
     from skyrl_async.rollout.chat import Chat
 
-    ours = Chat(build_tiny_tokenizer()).prompt((), first_tasks(seed, 1)[0]["prompt"])
-    if list(theirs) != ours:
-        raise RuntimeError(f"the prompts differ: ours {ours}, TRL {list(theirs)}")
+    chat = Chat(build_tiny_tokenizer())
+    if list(theirs) not in [list(chat.prompt((), row["prompt"])) for row in rows]:
+        raise RuntimeError(f"the prompt {list(theirs)} is none of ours")
 
 
 def run_text(command: Sequence[str], *, threads: int) -> str:
@@ -168,6 +188,8 @@ def run_text(command: Sequence[str], *, threads: int) -> str:
 
 def figures(steps: Steps) -> dict[str, Any]:
     """Return seconds to the reward, and trajectories per second after the warm-up."""
+    if len(steps) < WARMUP_STEPS + 2:
+        raise RuntimeError(f"only {len(steps)} steps within the time limit")
     trained = PROMPTS * GROUP_SIZE
     steady = steps[WARMUP_STEPS:]
     seconds = steady[-1]["time_s"] - steady[0]["time_s"]
@@ -238,7 +260,12 @@ def main() -> None:
             ours.append(run_ours(args, seed, Path(name)))
             print_row("ours", ours[-1])
             if args.trl_python is not None:
-                trl.append(run_trl(args, seed, Path(name)))
+                trl.append(
+                    run_peer(
+                        *(args.trl_python, ROOT / "benchmarks" / "trl_single_turn.py"),
+                        **{"seed": seed, "steps": args.steps, "folder": Path(name)},
+                    )
+                )
                 print_row("TRL", trl[-1])
     print_time(ours[0])
     result: dict[str, Any] = {

@@ -5,18 +5,17 @@ environments, publisher and metrics are those of every run.
 
 * Rows: one to several actors, each with an engine, synchronous (``staleness.max=0``), one step off
   (1) and fully asynchronous (4).
-* ``machinery_us_per_trajectory``: processor time of the whole run for each trajectory, start-up
-  left out, while engines and learner cost nothing, for 10 to 1,000 episodes at a time. Tools take
-  proportionally longer, so that as many trajectories come per second.
+* ``machinery_us_per_trajectory``: processor time of a run for each trajectory while engines and
+  learner cost nothing, for 10, 100 and 1,000 episodes at a time; see ``machinery.py``.
 
     python benchmarks/throughput.py
+    python benchmarks/throughput.py --machinery-only
     python benchmarks/throughput.py --trace FILE     # lines of {"tokens": …, "latency_s": …}
 """
 
 from __future__ import annotations
 
 import argparse
-import resource
 import tempfile
 import time
 from dataclasses import dataclass
@@ -24,12 +23,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from machinery import GROUP_SIZE, flat_figures, measure_machinery
 from report import argument_parser, finish
 from run_once import Run, run_once
 
-GROUP_SIZE, TURNS = 5, 3
-TRAJECTORIES_PER_S = 200
-MAX_GROWTH = 0.20
+TURNS = 3
 MIN_STEPS = 2
 COMMON = (
     "run.steps=1000000",
@@ -135,45 +133,6 @@ def rates(done: Run, *, per_step: int) -> dict[str, float]:
     }
 
 
-def machinery(concurrent: int, folder: Path, *, seconds: float, runtime: str) -> dict[str, Any]:
-    """Return the processor time per trajectory with so many episodes at a time."""
-    batch = 10  # the smallest number of episodes at a time, so that K alone changes
-    latency_s = concurrent / TRAJECTORIES_PER_S / TURNS
-
-    def one(name: str, seconds: float) -> tuple[float, int]:
-        before = _children_cpu_s()
-        done = run_once(
-            folder / f"machinery-{concurrent}-{name}",
-            *COMMON,
-            f"runtime={runtime}",
-            f"run.max_seconds={seconds}",
-            f"rollout.group_size={GROUP_SIZE}",
-            f"learner.groups_per_step={batch // GROUP_SIZE}",
-            f"staleness.max={concurrent // batch - 1}",
-            f"environment.options.latency_s=fixed:{latency_s}",
-            "environment.episode_timeout_s=60",
-            "engine.max_concurrent=1024",
-            "simulate.reply_tokens=fixed:8",
-        )
-        return _children_cpu_s() - before, int(done.summary["trajectories_trained"])
-
-    # What both runs have, starting and the first episodes, is not counted.
-    short_s = 1.0 + TURNS * latency_s
-    short_cpu, short_count = one("short", short_s)
-    long_cpu, long_count = one("long", short_s + seconds)
-    count = long_count - short_count
-    return {
-        "concurrent": concurrent,
-        "trajectories_per_s": count / seconds,
-        "machinery_us_per_trajectory": 1e6 * (long_cpu - short_cpu) / count,
-    }
-
-
-def _children_cpu_s() -> float:
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
-
-
 def shapes(arguments: argparse.Namespace) -> list[Shape]:
     """Return the rows to do."""
     options: dict[str, Any] = {}
@@ -185,7 +144,7 @@ def shapes(arguments: argparse.Namespace) -> list[Shape]:
     for name in ("reply_tokens", "latency_s"):
         if getattr(arguments, name) is not None:
             options[name] = getattr(arguments, name)
-    counts = (1, 2) if arguments.quick else tuple(arguments.actors)
+    counts = (2,) if arguments.quick else tuple(arguments.actors)
     rows = [Shape(actors=n, staleness_max=k, **options) for n in counts for k in MODES]
     if arguments.ray:
         rows += [Shape(actors=2, staleness_max=k, runtime="ray", **options) for k in MODES]
@@ -201,6 +160,30 @@ def print_row(row: dict[str, Any]) -> None:
     print(
         f"{row['name']:<34}{row['tokens_per_s']:>10,.0f}{row['trajectories_per_s']:>9.1f}"
         f"{row['learner_idle']:>14.2f}{row['engine_idle']:>13.2f}{row['staleness_mean']:>11.2f}",
+        flush=True,
+    )
+
+
+def run_shapes(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    """Do and print all rows."""
+    print(
+        f"{'':<34}{'tokens/s':>10}{'traj/s':>9}{'learner idle':>14}{'engine idle':>13}"
+        f"{'staleness':>11}"
+    )
+    rows = []
+    for shape in shapes(arguments):
+        seconds = seconds_of(shape, quick=arguments.quick)
+        rows.append(run_shape(shape, folder, seconds=seconds))
+        print_row(rows[-1])
+    return rows
+
+
+def print_cost(cost: dict[str, Any]) -> None:
+    print(
+        f"{cost['concurrent']:>5} episodes at a time: "
+        f"{cost['machinery_us_per_trajectory']:.0f} us of processor time per trajectory "
+        f"(quartiles {cost['interquartile_range']:.0%} apart), "
+        f"at {cost['trajectories_per_s']:.0f} trajectories/s",
         flush=True,
     )
 
@@ -229,39 +212,26 @@ def main() -> None:
     parser.add_argument("--reply-tokens", help="a distribution, such as lognormal:16,1.0")
     parser.add_argument("--latency-s", help="of a tool: a distribution")
     parser.add_argument("--ray", action="store_true", help="also with Ray actors")
+    parser.add_argument("--machinery-only", action="store_true", help="no rows")
     arguments = parser.parse_args()
     quick = arguments.quick
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        print(
-            f"{'':<34}{'tokens/s':>10}{'traj/s':>9}{'learner idle':>14}{'engine idle':>13}"
-            f"{'staleness':>11}"
+        rows = [] if arguments.machinery_only else run_shapes(arguments, folder)
+        costs = measure_machinery(
+            (10, 100) if quick else (10, 100, 1000),
+            folder,
+            span_s=2.0 if quick else 5.0,
+            spans=3 if quick else 8,
+            rounds=1 if quick else 3,
+            pilot=not quick,
         )
-        rows = []
-        for shape in shapes(arguments):
-            rows.append(run_shape(shape, folder, seconds=seconds_of(shape, quick=quick)))
-            print_row(rows[-1])
-        costs = []
-        for concurrent in (10, 100) if quick else (10, 100, 1000):
-            costs.append(machinery(concurrent, folder, seconds=4 if quick else 12, runtime="local"))
-            print(
-                f"{concurrent:>5} episodes at a time: "
-                f"{costs[-1]['machinery_us_per_trajectory']:.0f} us of processor time per "
-                f"trajectory, at {costs[-1]['trajectories_per_s']:.0f} trajectories/s",
-                flush=True,
-            )
-    per_trajectory = [cost["machinery_us_per_trajectory"] for cost in costs]
-    growth = max(per_trajectory) / per_trajectory[0] - 1
-    misses = []
-    if growth > MAX_GROWTH:
-        misses.append(f"machinery grows by {growth:.0%} with concurrency, not {MAX_GROWTH:.0%}")
+    for cost in costs:
+        print_cost(cost)
+    machinery, misses = flat_figures(costs)
     figures = {
-        "rows": rows,
-        "speedup": compare(rows),
-        "machinery_us_per_trajectory": per_trajectory,
-        "machinery_growth": growth,
-        "machinery_spread": max(per_trajectory) / min(per_trajectory) - 1,
-        "machinery": costs,
+        **({"rows": rows, "speedup": compare(rows)} if rows else {}),
+        **machinery,
     }
     finish("throughput", figures, misses if not quick else [], started, arguments.output)
 

@@ -3,8 +3,8 @@
 It runs under an interpreter that has `torch`, `transformers` and `trl`, and needs nothing else of
 what this repository requires:
 
-    python -m venv trl && trl/bin/pip install torch==2.13.0 trl==1.16.0 transformers==5.23.0
-    python benchmarks/single_turn.py --trl-python trl/bin/python
+    benchmarks/peers/install.sh trl DIR
+    python benchmarks/single_turn.py --trl-python DIR/bin/python
 
 Equal to our side are the tokenizer with its chat template (so the prompt tokens), the initial
 weights, the tasks and their order, 16 prompts x 16 samples a step, temperature 1 over the whole
@@ -17,55 +17,52 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent / "peers"))
 
 import torch
-import transformers
-import trl
 from datasets import Dataset
+from peer_task import (
+    GROUP_SIZE,
+    MAX_TOKENS,
+    PROMPTS,
+    StepClock,
+    argument_parser,
+    model_and_tokenizer,
+    print_result,
+    rewards,
+)
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from skyrl_async.learner.tiny_policy import build_tiny_model, build_tiny_tokenizer
-
-_INTEGER = re.compile(r"-?[0-9]+")
+PACKAGES = ("trl", "transformers", "torch")
 
 
-class StepClock(TrainerCallback):
-    """Keeps the seconds and the reward of every step."""
+class ClockCallback(TrainerCallback):
+    """Gives the clock the reward of every step."""
 
-    def __init__(self, *, max_seconds: float) -> None:
-        self.steps: list[dict[str, float]] = []
-        self._max_seconds = max_seconds
-        self._started_s = 0.0
+    def __init__(self, clock: StepClock) -> None:
+        self._clock = clock
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         """Start the clock."""
-        self._started_s = time.perf_counter()
+        self._clock.start()
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take the mean reward over the step's trajectories; stop at the time limit."""
         logs = kwargs.get("logs") or {}
-        time_s = time.perf_counter() - self._started_s
         if "reward" in logs:
-            self.steps.append({"time_s": time_s, "reward": float(logs["reward"])})
-        control.should_training_stop |= time_s > self._max_seconds
+            self._clock.step(float(logs["reward"]))
+        control.should_training_stop |= self._clock.over
 
 
 def largest_named(completions: list[Any], answer: list[int], **kwargs: Any) -> list[float]:
     """Return 1 for every reply whose first integer is the answer, else 0."""
-    found = [_INTEGER.search(messages[0]["content"]) for messages in completions]
-    return [
-        float(match is not None and int(match.group()) == right)
-        for match, right in zip(found, answer, strict=True)
-    ]
+    return rewards([messages[0]["content"] for messages in completions], answer)
 
 
 def trainer_config(folder: str, args: argparse.Namespace) -> GRPOConfig:
@@ -77,10 +74,10 @@ def trainer_config(folder: str, args: argparse.Namespace) -> GRPOConfig:
         adam_beta1=0.9,
         adam_beta2=0.95,
         max_grad_norm=1.0,
-        per_device_train_batch_size=256,
+        per_device_train_batch_size=PROMPTS * GROUP_SIZE,
         gradient_accumulation_steps=1,
-        num_generations=16,
-        max_completion_length=2,
+        num_generations=GROUP_SIZE,
+        max_completion_length=MAX_TOKENS,
         temperature=1.0,
         shuffle_dataset=False,
         gradient_checkpointing=False,
@@ -95,51 +92,28 @@ def trainer_config(folder: str, args: argparse.Namespace) -> GRPOConfig:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--tasks", type=Path, required=True, help='JSON list of {"prompt","answer"}'
-    )
-    parser.add_argument(
-        "--steps", type=int, default=120, help="optimizer steps of 256 trajectories"
-    )
-    parser.add_argument("--max-seconds", type=float, default=300, help="of training")
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--threads", type=int, default=2, help="of torch")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and sampling")
-    args = parser.parse_args()
-
+    args = argument_parser((__doc__ or "").splitlines()[0]).parse_args()
     torch.set_num_threads(args.threads)
-    tasks = json.loads(args.tasks.read_text())
-    dataset = Dataset.from_list(
-        [
-            {"prompt": [{"role": "user", "content": t["prompt"]}], "answer": t["answer"]}
-            for t in tasks
-        ]
-    )
+    rows = [
+        {"prompt": [{"role": "user", "content": task["prompt"]}], "answer": task["answer"]}
+        for task in json.loads(args.tasks.read_text())
+    ]
     clock = StepClock(max_seconds=args.max_seconds)
-    tokenizer = build_tiny_tokenizer()
-    tokenizer.padding_side = "left"
+    model, tokenizer = model_and_tokenizer(args.seed)
     with tempfile.TemporaryDirectory() as folder:
         trainer = GRPOTrainer(
-            model=build_tiny_model(hidden_size=128, max_position_embeddings=128, seed=args.seed),
+            model=model,
             reward_funcs=largest_named,
             args=trainer_config(folder, args),
-            train_dataset=dataset,
+            train_dataset=Dataset.from_list(rows),
             processing_class=tokenizer,
-            callbacks=[clock],
+            callbacks=[ClockCallback(clock)],
         )
         trainer.train()
     prompt = tokenizer.apply_chat_template(
-        dataset[0]["prompt"], add_generation_prompt=True, return_dict=False
+        rows[0]["prompt"], add_generation_prompt=True, return_dict=False
     )
-    result = {
-        "versions": f"trl {trl.__version__}, transformers {transformers.__version__}, "
-        f"torch {torch.__version__}",
-        "threads": torch.get_num_threads(),
-        "first_prompt_token_ids": list(prompt),
-        "steps": clock.steps,
-    }
-    print(json.dumps(result))
+    print_result(clock, args, packages=PACKAGES, first_prompt=prompt)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,9 @@ CANCEL_GRACE_S = 1.0
 _STOPS_TO_END = 4
 """A call and close() may each swallow one cancellation; the next one ends them."""
 
+_Due = tuple[float, str, "asyncio.Future[Any]"]
+"""Deadline on the loop's clock, what is done, and its answer."""
+
 _Call = tuple[str, Callable[[], Coroutine[Any, Any, Any]], "asyncio.Future[Any]"]
 
 
@@ -63,7 +66,9 @@ class AsyncSession:
         self._calls: asyncio.Queue[_Call | None] = asyncio.Queue()
         self._num_stops = 0
         self._closed = False
-        self._timers: list[asyncio.TimerHandle] = []
+        self._ending: asyncio.TimerHandle | None = None
+        self._answer_due: _Due | None = None
+        self._watching: asyncio.TimerHandle | None = None
         self.server: asyncio.Task[None] | None = None
 
     async def reset(self) -> str:
@@ -102,11 +107,19 @@ class AsyncSession:
         if self.server is None or self.server.done():
             return
         self._calls.put_nowait(None)
-        self._cancel_timers()
+        if self._ending is not None:
+            self._ending.cancel()
+        self._stop_after(timeout_s, _STOPS_TO_END)
+
+    def _stop_after(self, seconds: float, times: int) -> None:
+        """Stop after a while, and again after each grace; one timer, for most never fire."""
         later = asyncio.get_running_loop().call_later
-        self._timers = [
-            later(timeout_s + n * CANCEL_GRACE_S, self.stop) for n in range(_STOPS_TO_END)
-        ]
+        self._ending = later(seconds, self._stop_and_again, times)
+
+    def _stop_and_again(self, times: int) -> None:
+        self.stop()
+        if times > 1:
+            self._stop_after(CANCEL_GRACE_S, times - 1)
 
     def stop(self) -> None:
         """Cancel what runs; a coroutine that swallowed this once is abandoned the next time."""
@@ -116,11 +129,9 @@ class AsyncSession:
 
     def _ended(self, server: asyncio.Task[None]) -> None:
         self._running.discard(self)
-        self._cancel_timers()
-
-    def _cancel_timers(self) -> None:
-        for timer in self._timers:
-            timer.cancel()
+        for timer in (self._ending, self._watching):
+            if timer is not None:
+                timer.cancel()
 
     async def _make_and_reset(self) -> Any:
         self._environment = self._make()
@@ -131,20 +142,37 @@ class AsyncSession:
             raise RuntimeError("the session is not open: call reset first")
         if self._num_stops or self.server.done():
             raise RuntimeError("the session has failed: close it")
-        answer = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        answer = loop.create_future()
         self._calls.put_nowait((doing, function, answer))
+        self._answer_due = (loop.time() + self._timeout_s, doing, answer)
+        if self._watching is None:
+            self._watching = loop.call_at(self._answer_due[0], self._watch)
         try:
-            async with asyncio.timeout(self._timeout_s):
-                return await answer
-        except TimeoutError:
-            self.stop()
-            raise EnvironmentFailure(
-                DropReason.STEP_TIMEOUT,
-                f"{self._task.task_id}: {doing} took longer than {self._timeout_s} s",
-            ) from None
+            return await answer
         except asyncio.CancelledError:
             self.stop()
             raise
+        finally:
+            self._answer_due = None
+
+    def _watch(self) -> None:
+        """Fail the call that has missed its deadline; come back at the deadline of a later one.
+
+        One timer for all calls of a session: a timer for each would be pushed and cancelled many
+        times for every one that fires.
+        """
+        self._watching = None
+        if self._answer_due is None:
+            return
+        due_s, doing, answer = self._answer_due
+        loop = asyncio.get_running_loop()
+        if loop.time() < due_s:
+            self._watching = loop.call_at(due_s, self._watch)
+        elif not answer.done():
+            self.stop()
+            text = f"{self._task.task_id}: {doing} took longer than {self._timeout_s} s"
+            answer.set_exception(EnvironmentFailure(DropReason.STEP_TIMEOUT, text))
 
     def _checked(self, check: Callable[..., Any], value: Any, *, doing: str) -> Any:
         try:

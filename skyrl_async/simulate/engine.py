@@ -9,15 +9,22 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from functools import lru_cache
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from skyrl_async.distribution import Distribution
 from skyrl_async.metrics.trace import NULL_LANE, Lane
 from skyrl_async.rollout.engine_client import EngineStats
-from skyrl_async.simulate.virtual_engine import EngineTimes, EngineTotals, Finished, VirtualEngine
-from skyrl_async.types import FinishReason, Generation, Int32Array, Sampling
+from skyrl_async.simulate.virtual_engine import (
+    EngineTimes,
+    EngineTotals,
+    Finished,
+    Segments,
+    VirtualEngine,
+)
+from skyrl_async.types import FinishReason, Float32Array, Generation, Int32Array, Sampling
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,6 +32,7 @@ if TYPE_CHECKING:
 _SPAN_S = 0.25
 _LOGPROB = -1.0
 _LENGTHS_AT_ONCE = 1024
+_REPLIES_KEPT = 256
 
 _Waiter = tuple["asyncio.Future[Generation]", Sampling, FinishReason]
 """Future, sampling and reason of a request."""
@@ -60,6 +68,7 @@ class SimulatedEngine:
         self._context_length = context_length
         self._rng = np.random.default_rng(seed)
         self._lengths: list[int] = []
+        self._reply_arrays = lru_cache(maxsize=_REPLIES_KEPT)(_reply_arrays)
         self._engine = VirtualEngine(times, policy_version=policy_version, time_s=time.monotonic())
         self._waiters: dict[str, _Waiter] = {}
         self._sessions: dict[str, tuple[int, int]] = {}  # computed tokens, under which version
@@ -117,7 +126,7 @@ class SimulatedEngine:
         if taken is not None:
             future, sampling, _ = waiter
             if not future.done():
-                future.set_result(_generation(taken, sampling, FinishReason.ABORT))
+                future.set_result(self._generation(taken, sampling, FinishReason.ABORT))
 
     def release(self, session_id: str) -> None:
         """Forget what was computed for a session."""
@@ -221,12 +230,28 @@ class SimulatedEngine:
                 continue
             future, sampling, reason = waiter
             if not future.done():
-                future.set_result(_generation(finished, sampling, reason))
+                future.set_result(self._generation(finished, sampling, reason))
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         if (next_s := self._engine.next_finish_s()) is not None:
             self._timer = _call_at(next_s, self._on_timer)
+
+    def _generation(
+        self, finished: Finished, sampling: Sampling, reason: FinishReason
+    ) -> Generation:
+        """Return the tokens: all the same but for the stop token at the end."""
+        versions = _versions(finished.segments)
+        ids, logprobs = self._reply_arrays(
+            len(versions), sampling.stop_token_ids, reason is FinishReason.STOP
+        )
+        return Generation(
+            token_ids=ids,
+            logprobs=logprobs,
+            policy_versions=versions,
+            temperature=sampling.temperature or 1.0,
+            finish_reason=reason,
+        )
 
     def _on_timer(self) -> None:
         self._timer = None
@@ -252,23 +277,29 @@ def _add(total: EngineTotals, other: EngineTotals) -> None:
         setattr(total, name, getattr(total, name) + getattr(other, name))
 
 
-def _generation(finished: Finished, sampling: Sampling, reason: FinishReason) -> Generation:
-    """Return the tokens: all the same but for the stop token at the end."""
-    counts = [count for _, count in finished.segments]
-    length = sum(counts)
-    stops = sampling.stop_token_ids
-    filler = next(token for token in range(len(stops) + 1) if token not in stops)
+def _reply_arrays(
+    length: int, stop_token_ids: tuple[int, ...], stopped: bool
+) -> tuple[Int32Array, Float32Array]:
+    """Return token ids and logprobs ``[length]``, read-only, so that replies can share them."""
+    filler = next(token for token in range(len(stop_token_ids) + 1) if token not in stop_token_ids)
     ids = np.full(length, filler, np.int32)
-    if reason is FinishReason.STOP and length and stops:
-        ids[-1] = stops[0]
-    versions: Any = [version for version, _ in finished.segments]
-    return Generation(
-        token_ids=ids,
-        logprobs=np.full(length, _LOGPROB, np.float32),
-        policy_versions=np.repeat(np.array(versions, np.int32), counts),
-        temperature=sampling.temperature or 1.0,
-        finish_reason=reason,
-    )
+    if stopped and length and stop_token_ids:
+        ids[-1] = stop_token_ids[0]
+    logprobs = np.full(length, _LOGPROB, np.float32)
+    for array in (ids, logprobs):
+        array.setflags(write=False)
+    return ids, logprobs
+
+
+def _versions(segments: Segments) -> Int32Array:
+    """Return the version of each token, read-only."""
+    versions = np.empty(sum(count for _, count in segments), np.int32)
+    start = 0
+    for version, count in segments:
+        versions[start : start + count] = version
+        start += count
+    versions.setflags(write=False)
+    return versions
 
 
 class _Spans:

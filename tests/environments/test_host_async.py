@@ -128,6 +128,37 @@ def test_cancelling_the_caller_cancels_and_closes_the_environment():
     asyncio.run(main())
 
 
+def test_the_deadline_of_a_call_counts_from_its_own_start():
+    log = []
+
+    async def main():
+        loop = asyncio.get_running_loop()
+        passed_s, real_time = [0.0], loop.time
+        loop.time = lambda: real_time() + passed_s[0]
+
+        async def pass_until(seconds):
+            passed_s[0] = seconds
+            for _ in range(10):
+                await asyncio.sleep(0)
+
+        async with hosted("AsyncTroublesome", {"log": log}, step_timeout_s=10.0) as host:
+            session = await host.open_session()
+            await pass_until(8.0)
+            hung = asyncio.create_task(session.step("hang"))
+            await pass_until(11.0)
+            assert not hung.done() and "cancelled" not in whats(log)
+            await pass_until(19.0)
+            with pytest.raises(EnvironmentFailure) as caught:
+                async with asyncio.timeout(10):
+                    await hung
+            assert caught.value.reason is DropReason.STEP_TIMEOUT
+            await session.close()
+        assert_only_this_task_is_left()
+
+    asyncio.run(main())
+    assert whats(log) == ["reset", "step", "cancelled", "closed"]
+
+
 def test_others_are_played_while_one_hangs():
     async def main():
         settings = {"step_timeout_s": 60.0, "close_timeout_s": 0.0}
