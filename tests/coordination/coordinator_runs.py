@@ -28,12 +28,7 @@ from skyrl_async.metrics.recorder import Recorder
 from skyrl_async.metrics.trace import NULL_TRACER, Tracing
 from skyrl_async.replay.buffer import ReplayBuffer
 from skyrl_async.types import Assignment, DroppedGroup, DropReason
-from tests.fakes import (
-    Event,
-    FakeLearner,
-    FakeRolloutWorker,
-    ListSink,
-)
+from tests.fakes import Event, FakeLearner, FakeRolloutWorker, ListSink
 
 DEADLINE_S = 10.0
 BATCH = 2

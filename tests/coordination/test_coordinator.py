@@ -21,9 +21,7 @@ from tests.coordination.coordinator_runs import (
     make_run,
     until_over,
 )
-from tests.fakes import (
-    two_member_group,
-)
+from tests.fakes import two_member_group
 
 
 @pytest.mark.parametrize("bound", [0, 1, 2, 5])

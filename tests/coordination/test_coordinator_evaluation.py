@@ -15,9 +15,7 @@ from tests.coordination.coordinator_runs import (
     raising,
     until_over,
 )
-from tests.fakes import (
-    two_member_group,
-)
+from tests.fakes import two_member_group
 
 
 def test_evaluates_every_so_many_steps_and_the_last_version():

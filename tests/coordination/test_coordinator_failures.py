@@ -20,10 +20,7 @@ from tests.coordination.coordinator_runs import (
     never_finished,
     raising,
 )
-from tests.fakes import (
-    FakeClock,
-    two_member_group,
-)
+from tests.fakes import FakeClock, two_member_group
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -18,7 +18,7 @@ from skyrl_async.learner.tiny_policy import VOCABULARY, build_tiny_tokenizer
 from skyrl_async.rollout.chat import Chat
 from skyrl_async.rollout.episode import EpisodeLimits, play
 from skyrl_async.types import Sampling, Task
-from tests.fakes import FakeEngine, FakeSession, FakeSessions, outcome
+from tests.rollout_fakes import FakeEngine, FakeSession, FakeSessions, outcome
 
 TOKENIZER = build_tiny_tokenizer()
 CHAT = Chat(TOKENIZER)

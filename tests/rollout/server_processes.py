@@ -9,7 +9,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from skyrl_async.rollout.engine_process import ServerSettings
+import pytest
+
+from skyrl_async.rollout.engine_process import EngineProcess, EngineStartError, ServerSettings
 
 FAKE_SERVER = Path(__file__).with_name("fake_sglang_server.py")
 VANISH_S = 10.0
@@ -97,3 +99,9 @@ def run_async(body, *, timeout_s: float = 60.0):
             return await body()
 
     return asyncio.run(bounded())
+
+
+def start_error(settings: ServerSettings) -> EngineStartError:
+    with pytest.raises(EngineStartError) as caught:
+        run_async(EngineProcess(settings).start)
+    return caught.value

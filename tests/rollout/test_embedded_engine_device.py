@@ -66,7 +66,7 @@ def test_the_host_waits_once_for_every_decode_step():
                 return engine.take_stats().decode_steps, device.waits
 
     for options in ({}, {"temperature": 0.0}, {"temperature": 0.7}, {"top_p": 0.9, "top_k": 4}):
-        steps, waits = asyncio.run(scenario(Sampling(max_tokens=10, **options)))
+        steps, waits = asyncio.run(scenario(Sampling(max_tokens=6, **options)))
         assert sum(waits.values()) == steps > 10, waits
 
 

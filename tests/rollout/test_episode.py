@@ -11,9 +11,9 @@ from skyrl_async.learner.tiny_policy import build_tiny_model, build_tiny_tokeniz
 from skyrl_async.rollout.chat import Chat
 from skyrl_async.rollout.episode import EpisodeLimits, play
 from skyrl_async.types import DropReason, Sampling, Task, TrajectoryStatus
-from tests.fakes import FakeEngine, FakeSession, FakeSessions, outcome
 from tests.rollout.embedded_engine_cases import TOLERANCE, reference_logprobs, running
 from tests.rollout.test_chat import byte_level_tokenizer, encode
+from tests.rollout_fakes import FakeEngine, FakeSession, FakeSessions, outcome
 
 TOKENIZER = build_tiny_tokenizer()
 CHAT = Chat(TOKENIZER)

@@ -1,11 +1,18 @@
 import asyncio
 import contextlib
 
+import pytest
 from aiohttp import web
 
+from skyrl_async.rollout import external_server
 from skyrl_async.rollout.external_server import ExternalAddress, ExternalServer
 
 SOON_S = 10.0
+
+
+@pytest.fixture(autouse=True)
+def probed_often(monkeypatch):
+    monkeypatch.setattr(external_server, "_PROBE_INTERVAL_S", 0.05)
 
 
 class Answering:

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER = ROOT / "launchers" / "run.py"
@@ -50,7 +50,15 @@ def start(folder: Path, *overrides: str, **environment: str) -> subprocess.Popen
     )
 
 
-def finish(process: subprocess.Popen[str], folder: Path, *, timeout_s: float) -> dict[str, Any]:
+class RunProcess(Protocol):
+    """What ``subprocess.Popen`` has, for the process of a run."""
+
+    def wait(self, timeout: float | None = None) -> int: ...
+
+    def kill(self) -> None: ...
+
+
+def finish(process: RunProcess, folder: Path, *, timeout_s: float) -> dict[str, Any]:
     """Wait for the end and return the summary, with the exit code as ``exit_code``."""
     try:
         code = process.wait(timeout_s)

@@ -14,10 +14,9 @@ from typing import Any
 import pytest
 
 from skyrl_async.checkpoint import newest_whole
+from tests.runtime.forked_run import start_forked
 from tests.runtime.launch import (
-    LAUNCHER,
     ROOT,
-    SMALL,
     finish,
     metrics_of,
     output_of,
@@ -42,7 +41,8 @@ def newest_step(folder: Path) -> int:
 
 def kill_after(folder: Path, steps: int, *overrides: str) -> int:
     """Start a run, kill all of it when it has recorded so many steps; return the last of them."""
-    process = start(folder, *RESUMED, *overrides, "run.steps=100000")
+    begin = start if "runtime=ray" in overrides else start_forked
+    process = begin(folder, *RESUMED, *overrides, "run.steps=100000")
     try:
         wait_until(
             lambda: last_step(folder) >= steps or process.poll() is not None,
@@ -102,7 +102,7 @@ def test_a_run_that_is_killed_twice_goes_on_each_time(tmp_path: Path, runtime: s
 
 def test_an_interrupted_run_keeps_its_last_step(tmp_path: Path):
     folder = tmp_path / "run"
-    process = start(folder, "runtime=local", *RESUMED[1:], "run.steps=100000")
+    process = start_forked(folder, "runtime=local", *RESUMED[1:], "run.steps=100000")
     wait_until(lambda: last_step(folder) >= 2, timeout_s=60, what="it trains")
     process.send_signal(signal.SIGTERM)
     summary = finish(process, folder, timeout_s=8)
@@ -124,7 +124,7 @@ def test_an_interrupt_does_not_wait_for_a_step_that_takes_long(tmp_path: Path, s
     """Not beyond its time, and at a second signal not at all."""
     folder = tmp_path / "run"
     wait_s = 1 if signals == 1 else 1000
-    process = start(
+    process = start_forked(
         folder,
         *("runtime=local", "logging.tensorboard=false", "learner.num_epochs=100000"),
         *(f"checkpoint.interrupt_timeout_s={wait_s}", "learner.step_timeout_s=100"),
@@ -143,22 +143,13 @@ def test_a_disk_that_is_full_ends_the_run_under_its_name_and_keeps_what_was_whol
     folder = tmp_path / "run"
     run_here(folder, *RESUMED, "run.steps=2", "checkpoint.keep=1")
     assert newest_step(folder) == 2
-    limited = (
-        "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536));"
-        "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    process = start_forked(
+        folder,
+        *("runtime=local", *RESUMED, "run.steps=100", "checkpoint.keep=1"),
+        largest_file_bytes=65536,
     )
-    done = subprocess.run(
-        [
-            *(sys.executable, "-c", limited, str(LAUNCHER), *SMALL, f"run.dir={folder}"),
-            *("runtime=local", *RESUMED, "run.steps=100", "checkpoint.keep=1"),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env={**os.environ, "CI": "true"},
-    )
-    assert done.returncode == 1, done.stdout + done.stderr
-    summary = json.loads((folder / "summary.json").read_text())
+    summary = finish(process, folder, timeout_s=60)
+    assert summary["exit_code"] == 1, output_of(folder)
     assert summary["status"] == "failed"
     assert summary["error"].startswith("checkpoint: step 4 could not be written to ")
     assert "File too large" in summary["error"]
@@ -279,11 +270,12 @@ def test_a_run_goes_on_with_another_number_of_ranks_and_shards(tmp_path: Path):
     for steps, keys in (
         (5, ("learner.num_ranks=2", "learner.shard_ranks=2")),
         (7, ("learner.num_ranks=2", "learner.shard_ranks=1")),
-        (9, ("learner.num_ranks=1",)),
     ):
         process = start(folder, "runtime=ray", *RESUMED, f"run.steps={steps}", *keys)
         summary = finish(process, folder, timeout_s=150)
         assert (summary["status"], summary["steps"]) == ("finished", steps), output_of(folder)
+    summary = run_here(folder, *RESUMED, "run.steps=9")
+    assert (summary["status"], summary["steps"]) == ("finished", 9)
     check_rows(metrics_of(folder), steps=9)
 
 

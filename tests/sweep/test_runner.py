@@ -97,7 +97,7 @@ def test_a_cell_that_takes_too_long_has_failed(tmp_path: Path):
 
 def test_when_the_time_is_over_the_rest_is_left_for_the_next_call(tmp_path: Path):
     started_s = time.monotonic()
-    outcome, _ = run(cells(**{"run.steps": [100_000], "seed": [0, 1]}), tmp_path, max_seconds=2.5)
+    outcome, _ = run(cells(**{"run.steps": [100_000], "seed": [0, 1]}), tmp_path, max_seconds=1.0)
     assert time.monotonic() - started_s < 10
     assert outcome == Outcome(total=2, finished=0, failed=0, left=2)
     assert read_rows(tmp_path) == []
@@ -106,7 +106,7 @@ def test_when_the_time_is_over_the_rest_is_left_for_the_next_call(tmp_path: Path
 def test_no_cell_is_started_while_the_file_exists(tmp_path: Path):
     pause = tmp_path / "busy"
     pause.touch()
-    outcome, lines = run(cells(seed=[0]), tmp_path / "s", pause_while=pause, max_seconds=1.0)
+    outcome, lines = run(cells(seed=[0]), tmp_path / "s", pause_while=pause, max_seconds=0.3)
     assert (outcome.left, lines) == (1, [])
     assert list((tmp_path / "s" / CELLS).iterdir()) == []
     pause.unlink()

@@ -35,7 +35,6 @@ BUCKET_BYTES = 1 << 15
 def process(target: Any, *arguments: object) -> Iterator[tuple[Any, Connection]]:
     """Run ``target(pipe, *arguments)``; yields the process and the other end of the pipe."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
     ours, theirs = context.Pipe()
     child = context.Process(target=target, args=(theirs, *arguments), daemon=True)
     child.start()

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from skyrl_async.weight_sync import sglang_direct, sglang_loader
 from skyrl_async.weight_sync.layout import WeightLayout
 from skyrl_async.weight_sync.pair import host_store
 from skyrl_async.weight_sync.sglang_control import ControlError, SglangControl
@@ -227,7 +228,14 @@ def test_a_refused_pause_changes_nothing(store):
     asyncio.run(scenario())
 
 
-def test_closing_the_sender_ends_a_transfer_at_once(store):
+@pytest.fixture
+def unanswered_soon(monkeypatch):
+    """Give up early what a server that hangs will not answer."""
+    monkeypatch.setattr(sglang_loader, "_LEAST_S", 0.2)
+    monkeypatch.setattr(sglang_direct, "_LEAVE_TIMEOUT_S", 0.2)
+
+
+def test_closing_the_sender_ends_a_transfer_at_once(store, unanswered_soon):
     async def scenario():
         async with both_ends(store) as ends:
             ends.server.faults["update"] = deque(["hang"])
@@ -245,7 +253,7 @@ def test_closing_the_sender_ends_a_transfer_at_once(store):
     asyncio.run(scenario())
 
 
-def test_a_learner_that_falls_silent_breaks_the_engine_at_the_deadline(store):
+def test_a_learner_that_falls_silent_breaks_the_engine_at_the_deadline(store, unanswered_soon):
     """The server waits in the broadcast and answers to nothing until it ends."""
 
     async def scenario():

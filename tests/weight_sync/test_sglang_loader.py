@@ -7,6 +7,7 @@ from collections import deque
 import pytest
 import torch
 
+from skyrl_async.weight_sync import sglang_loader
 from skyrl_async.weight_sync.collective import CollectiveReceiver, CollectiveSender
 from skyrl_async.weight_sync.layout import FlatBuffer, WeightLayout
 from skyrl_async.weight_sync.pair import host_store
@@ -110,7 +111,10 @@ def test_the_fake_dies_of_a_flush_under_requests_that_keep_their_kv():
 
 @WAYS
 @pytest.mark.parametrize("fault", ["refuse", "hang"])
-def test_a_failure_half_way_breaks_the_engine_and_it_goes_on(way, fault, tmp_path):
+def test_a_failure_half_way_breaks_the_engine_and_it_goes_on(way, fault, tmp_path, monkeypatch):
+    if fault == "hang":  # Nothing that follows is answered either.
+        monkeypatch.setattr(sglang_loader, "_LEAST_S", 0.2)
+
     async def scenario(at):
         async with serving() as (server, control):
             server.faults[at] = deque([fault])
