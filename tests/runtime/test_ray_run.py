@@ -57,7 +57,7 @@ def test_two_actors_and_two_ranks_train_and_leave_no_process(tmp_path: Path):
         *("learner 0", "learner 1", "rollout actor 0", "rollout actor 1")
     }
     trace = read_trace(folder)
-    assert {lane.process for lane in trace.lanes} == set(summary["workers"])
+    assert {lane.process for lane in trace.lanes} == {"coordinator", *summary["workers"]}
     ways = {(a.policy_version, a.engine) for a in arrows(trace) if len(a.stops) == 3}
     # Publishing is newest-wins, and the last version may come after the last look at it.
     assert {engine for _, engine in ways} == {"rollout actor 0", "rollout actor 1"}
