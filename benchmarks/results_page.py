@@ -247,7 +247,7 @@ CLAIMS = (
         figure=lambda r: "; ".join(
             f"{name} {row['trajectories_per_s']:.0f}"
             for name, row in r["rows"].items()
-            if row["trajectories_per_s"] is not None
+            if row.get("trajectories_per_s")
         ),
     ),
     Claim(
