@@ -49,6 +49,7 @@ def test_a_fine_tuning_from_the_command_line(tmp_path):
     assert (tmp_path / "run" / "policy" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_several_ranks_end_with_their_exit_code_whatever_tearing_down_would_do(tmp_path):
     games = write_games(tmp_path / "games.jsonl", 40)
     (tmp_path / "sitecustomize.py").write_text(

@@ -66,6 +66,7 @@ def test_stragglers_make_a_normal_run_staler(tmp_path: Path):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_actors_on_ray_have_the_same_exact_lag(tmp_path: Path):
     folder = tmp_path / "run"

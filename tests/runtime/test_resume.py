@@ -119,7 +119,7 @@ def test_an_interrupted_run_keeps_its_last_step(tmp_path: Path):
     )
 
 
-@pytest.mark.parametrize("signals", [1, 2])
+@pytest.mark.parametrize("signals", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_an_interrupt_does_not_wait_for_a_step_that_takes_long(tmp_path: Path, signals: int):
     """Not beyond its time, and at a second signal not at all."""
     folder = tmp_path / "run"
@@ -139,6 +139,7 @@ def test_an_interrupt_does_not_wait_for_a_step_that_takes_long(tmp_path: Path, s
     assert newest_step(folder) == 0
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_ends_the_run_under_its_name_and_keeps_what_was_whole(tmp_path: Path):
     folder = tmp_path / "run"
     run_here(folder, *RESUMED, "run.steps=2", "checkpoint.keep=1")

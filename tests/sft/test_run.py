@@ -300,6 +300,7 @@ def test_low_rank_adapters_are_trained_and_exported_merged(tmp_path, games):
     assert changed and all("proj" in name for name in changed)
 
 
+@pytest.mark.slow
 def test_two_ranks_leave_the_policy_of_one(tmp_path, games):
     alone, shared = tmp_path / "alone", tmp_path / "shared"
     fine_tune(alone, games)
