@@ -79,6 +79,10 @@ def replayed(value: list[Any]) -> tuple[Recorded, int]:
         args = value[5] if len(value) > 5 else None
         begin, end = start * 1e-6, (start + duration) * 1e-6
         return (lambda lanes: lanes[number].span(name, begin, end, args)), 1
+    if kind == "I":
+        name, moment = value[2:4]
+        args = value[4] if len(value) > 4 else None
+        return (lambda lanes: lanes[number].instant(name, moment * 1e-6, args)), 1
     if kind == "F":
         stage, micros, version, engine = value[2:]
         return (
