@@ -68,9 +68,10 @@ def test_two_actors_and_two_ranks_train_and_leave_no_process(tmp_path: Path):
     ("class_name", "name"),
     [
         ("RayRolloutActor", "rollout actor 0"),
-        pytest.param("RayLearnerRank", "learner 0", marks=pytest.mark.slow),
+        ("RayLearnerRank", "learner 0"),
     ],
 )
+@pytest.mark.slow
 def test_a_worker_that_dies_ends_the_run_with_its_name(tmp_path: Path, class_name: str, name: str):
     folder = tmp_path / "run"
     process = start_marked(folder, "run.steps=100000")
