@@ -169,25 +169,25 @@ def dppo_kl(tokens: LossTokens, *, delta_low: float = 0.05, delta_high: float = 
             raise ValueError(f"{name} must be at least 0, got {delta}")
     log_ratio = tokens.current_logprobs - tokens.behavior_logprobs
     with torch.no_grad():
-        divergence = _binary_kl(tokens.behavior_logprobs, tokens.current_logprobs)
+        divergence = _binary_kl(tokens.behavior_logprobs, tokens.current_logprobs, log_ratio)
         too_high = (tokens.advantages > 0) & (log_ratio > 0) & (divergence > delta_high)
         too_low = (tokens.advantages < 0) & (log_ratio < 0) & (divergence > delta_low)
     return masked_surrogate(log_ratio, tokens.advantages, too_high | too_low)
 
 
-def _binary_kl(from_logprobs: Tensor, to_logprobs: Tensor) -> Tensor:
-    """Return the KL divergence of "this token or another".
+def _binary_kl(from_logprobs: Tensor, to_logprobs: Tensor, log_ratio: Tensor) -> Tensor:
+    """Return the KL divergence of "this token or another", with ``to - from`` given.
 
     It is infinite where the other vanished, and NaN, which exceeds no limit, where there was none
     and is none.
     """
     # Rounding may leave a logprob above 0; "another" then has probability 0, not less.
-    from_other = torch.expm1(from_logprobs).neg_().clamp_(min=0)
-    to_other = torch.expm1(to_logprobs).neg_().clamp_(min=0)
-    # 0 times the logarithm of the smallest number is 0, and that of the rest is not changed.
-    other_part = from_other.clamp(min=torch.finfo(from_other.dtype).tiny).log_()
-    other_part.sub_(to_other.log_()).mul_(from_other)
-    token_part = (from_logprobs - to_logprobs).mul_(from_logprobs.exp())
+    from_other = torch.expm1(from_logprobs).clamp_(max=0).abs_()
+    to_other = torch.expm1(to_logprobs).clamp_(max=0).abs_()
+    # 0 times the logarithm of the smallest number is 0.
+    other_part = torch.div(from_other, to_other, out=to_other)
+    other_part.clamp_(min=torch.finfo(from_other.dtype).tiny).log_().mul_(from_other)
+    token_part = from_other.sub_(1).mul_(log_ratio)
     return token_part.add_(other_part)
 
 

@@ -181,9 +181,9 @@ def veto_mask(
 
     Source: as ``sequence_mask``.
     """
-    vetoes = (log_ratios < math.log(below)).to(log_ratios.dtype)
-    innocent = sequence_sums(vetoes, sequence_ids, num_sequences) == 0
-    return innocent.index_select(0, sequence_ids)
+    guilty = sequence_ids[log_ratios < math.log(below)]
+    innocent = torch.ones(num_sequences, dtype=torch.bool, device=sequence_ids.device)
+    return innocent.index_fill_(0, guilty, False).index_select(0, sequence_ids)
 
 
 def k2_mask(
