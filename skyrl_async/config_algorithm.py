@@ -185,7 +185,8 @@ class GuardSection(Section):
     """What happens when training is about to collapse."""
 
     enabled: bool = False
-    """Watch, and act in order: warn, tighten staleness.max, lower the rate, roll back."""
+    """Watch, and act in order: warn, tighten staleness.max, lower the rate, roll back. A loss or
+    gradient that is not finite is always a sign."""
     min_ess_fraction: float = Field(default=0.1, gt=0, lt=1)
     """A smaller effective sample fraction is a sign of collapse."""
     max_kl: float = Field(default=1.0, gt=0)

@@ -163,7 +163,7 @@ def correct(
     masks = _masks(ratios, _take(advantages, valid), ids, num_sequences, settings)
     kept = _all_of(masks, like=ratios)
     raw = _raw_weights(ratios, ids, num_sequences, settings.weight)
-    truncated = raw.clamp(max=settings.weight_cap).masked_fill(~kept, 0.0)
+    truncated = torch.where(kept, raw.clamp(max=settings.weight_cap), 0.0)
     counts = {
         "kept": kept,
         "masked_invalid": ~finite,

@@ -305,7 +305,7 @@ class Coordinator:
                 await self._checkpoints.join()
                 await self._finish_step(step, batch, result)
             skipped = skipped + 1 if result.skipped else 0
-            if skipped >= MAX_SKIPPED_STEPS:
+            if skipped >= self._max_skipped_steps:
                 raise RuntimeError(
                     f"{skipped} learner steps in a row had a loss or gradient that was not finite; "
                     "lower optimizer.learning_rate or look at the rewards"
@@ -319,6 +319,12 @@ class Coordinator:
             if not self._stopping:
                 await self._evaluate_at_the_end()
             await self._checkpoints.join()
+
+    @property
+    def _max_skipped_steps(self) -> int:
+        """The guard has its turn before the run ends."""
+        guarded = self._guarded
+        return MAX_SKIPPED_STEPS + (0 if guarded is None else guarded.steps_to_rollback)
 
     def _drawn(self, name: str, args: Args | None = None) -> AbstractContextManager[None]:
         return drawn(self._lane, name, clock=self._clock, args=args)
@@ -370,7 +376,7 @@ class Coordinator:
             buffered_bytes=self._groups.size_bytes,
         )
         row = self._metrics.learner_step(batch, result, progress, self._groups.take_cost())
-        if self._guarded is not None and not result.skipped:
+        if self._guarded is not None:
             await self._guard_step(self._guarded, step, row)
 
     async def _guard_step(

@@ -68,13 +68,18 @@ class GuardDecision:
 
 
 def signs(metrics: Mapping[str, float | None], settings: GuardSettings) -> Iterator[str]:
-    """Yield what in a step's metrics says that training collapses; absent metrics say nothing."""
+    """Yield what in a step's metrics says that training collapses; absent metrics say nothing.
+
+    A loss or gradient that was not finite is a sign whatever the settings.
+    """
     limits = (
         ("offpolicy/ess_fraction", settings.min_ess_fraction, math.inf),
         ("offpolicy/kl_behavior", -math.inf, settings.max_kl),
         ("offpolicy/mismatch_kl", -math.inf, settings.max_mismatch_kl),
         ("offpolicy/clip_fraction", -math.inf, settings.max_clip_fraction),
         ("policy/entropy", settings.min_entropy, math.inf),
+        ("learner/skipped_minibatches", -math.inf, 0),
+        ("learner/skipped_steps", -math.inf, 0),
     )
     for name, low, high in limits:
         value = metrics.get(name)
@@ -106,6 +111,11 @@ class CollapseGuard:
         self._level = 0
         self._best_reward = -math.inf
         self._reward: float | None = None
+
+    @property
+    def steps_to_rollback(self) -> int:
+        """Steps with a sign after which a rollback has come, whatever was done before."""
+        return GuardAction.ROLLBACK * self._settings.patience_steps
 
     def observe(self, metrics: Mapping[str, float | None]) -> GuardDecision:
         """Return what to do after a step with these metrics."""
@@ -228,6 +238,11 @@ class GuardedTraining:
         self.max_staleness = max_staleness
         if max_staleness is not None and max_staleness < groups.max_staleness:
             groups.tighten(max_staleness)
+
+    @property
+    def steps_to_rollback(self) -> int:
+        """See :attr:`CollapseGuard.steps_to_rollback`."""
+        return self._guard.steps_to_rollback
 
     async def start(self) -> None:
         """Keep the initial weights, to which a rollback can always go."""

@@ -322,7 +322,7 @@ class Learner:
                 return
             sums.value_losses.append(value_loss)
         added = StepSums(train_version=self.policy_version, device=self._ranks.device)
-        loss = self._backward(minibatch, targets, added)
+        loss = self._backward(minibatch, targets, added, is_first=not sums.grad_norms)
         with self._ledger.part("step"):
             norm = self.trainer.apply(loss, rate_scale=targets.rate_scale)
         if norm is None:
@@ -332,8 +332,14 @@ class Learner:
         if targets.teacher_divergence is not None:
             sums.teacher_divergences.append(targets.teacher_divergence)
 
-    def _backward(self, minibatch: Minibatch, targets: Targets, sums: StepSums) -> Tensor:
-        """Accumulate the gradient of one minibatch; return this rank's part of its loss."""
+    def _backward(
+        self, minibatch: Minibatch, targets: Targets, sums: StepSums, *, is_first: bool
+    ) -> Tensor:
+        """Accumulate the gradient of one minibatch; return this rank's part of its loss.
+
+        The first one still has the weights of the start of the step.
+        """
+        recomputed = self._settings.algorithm.proximal == "recomputed"
         loss = torch.zeros((), dtype=torch.float64, device=self._ranks.device)
         self.trainer.zero_grad()
         recorded: list[Tensor] = []
@@ -355,8 +361,9 @@ class Learner:
                 result.total.backward()
             if self._ranks.counts:
                 loss += result.total.detach()
-                sums.add(microbatch, result, proximal)
-        if self._settings.algorithm.proximal == "recomputed":
+                exact = outputs.logprobs.detach() if is_first else None
+                sums.add(microbatch, result, at_start=proximal if recomputed else exact)
+        if recomputed:
             minibatch.proximal_logprobs = recorded
         return loss
 

@@ -55,11 +55,20 @@ class StepSums:
         self._max_weight = torch.zeros((), dtype=torch.float64, device=device)
 
     @torch.no_grad()
-    def add(self, microbatch: Microbatch, result: Objective, proximal: Tensor) -> None:
-        """Add the tokens of one microbatch."""
+    def add(self, microbatch: Microbatch, result: Objective, *, at_start: Tensor | None) -> None:
+        """Add the tokens of one microbatch.
+
+        Args:
+            microbatch: that was trained.
+            result: of it.
+            at_start: ``[L]``, logprobs of the weights at the start of the step, exact ones; None
+                if they are not known, and then the mismatch is not of these tokens.
+        """
         reported = finite_mask(microbatch.behavior_logprobs)
         fresh = (microbatch.prefix_versions == self._train_version) & reported
-        log_ratio = (proximal - microbatch.behavior_logprobs)[fresh]
+        if at_start is None:
+            fresh, at_start = torch.zeros_like(fresh), microbatch.behavior_logprobs
+        log_ratio = (at_start - microbatch.behavior_logprobs)[fresh]
         values = {
             **result.sums,
             "mismatch_tokens": fresh.sum(),
@@ -77,7 +86,8 @@ class StepSums:
     def metrics(self, ranks: RankGroup) -> dict[str, float]:
         """Return the step's metrics over all ranks, under the run's names.
 
-        ``offpolicy/mismatch_kl`` is absent if no token's whole prefix has the learner's version.
+        ``offpolicy/mismatch_kl`` is absent if no token's whole prefix has the learner's version,
+        among those of which the exact logprobs at the start of the step are known.
         """
         totals = ranks.sum_(self._sums.clone()).tolist()
         largest = float(ranks.max_(self._max_weight.clone()))

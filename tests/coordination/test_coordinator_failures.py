@@ -8,10 +8,12 @@ import pytest
 from skyrl_async.coordination.coordinator import (
     MAX_SKIPPED_STEPS,
 )
+from skyrl_async.coordination.guard import GuardSettings
 from skyrl_async.types import DropReason
 from tests.coordination.coordinator_runs import (
     BATCH,
     NAMES,
+    Run,
     dropped,
     failure,
     forever,
@@ -135,6 +137,25 @@ def test_ten_skipped_steps_in_a_row_end_the_run():
     )
     assert run.learner.steps == 1 + MAX_SKIPPED_STEPS
     assert run.metrics.summary()["skipped_steps"] == MAX_SKIPPED_STEPS
+
+
+def test_a_guard_rolls_back_before_skipped_steps_end_the_run():
+    """Weights that make nothing but NaN are healed by nothing else."""
+    run: Run = make_run(
+        steps=50,
+        guard=GuardSettings(patience_steps=3),
+        learner={"skip": lambda step: step > 1 and not run.happened("rolled back")},
+    )
+    go(run)
+    assert run.metrics.summary()["skipped_steps"] == 12, "patience for each of four actions"
+    assert run.metrics.summary()["guard_actions"]["rollback"] == 1
+    assert run.learner.version == 50 - 12 + 1
+
+
+def test_skipped_steps_that_a_rollback_does_not_heal_end_the_run():
+    run = make_run(steps=50, guard=GuardSettings(patience_steps=3), learner={"skip": bool})
+
+    assert "22 learner steps in a row" in failure(run)
 
 
 def test_nine_skipped_steps_in_a_row_are_survived():

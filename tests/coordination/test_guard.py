@@ -10,6 +10,8 @@ WELL = {
     "offpolicy/mismatch_kl": 1e-7,
     "offpolicy/clip_fraction": 0.1,
     "policy/entropy": 1.0,
+    "learner/skipped_minibatches": 0.0,
+    "learner/skipped_steps": 0.0,
     "reward/mean": 0.5,
 }
 SICK = WELL | {"offpolicy/kl_behavior": 3.0}
@@ -24,6 +26,8 @@ SICK = WELL | {"offpolicy/kl_behavior": 3.0}
         ("offpolicy/clip_fraction", 0.6),
         ("policy/entropy", 0.01),
         ("offpolicy/kl_behavior", float("nan")),
+        ("learner/skipped_minibatches", 1.0),
+        ("learner/skipped_steps", 1.0),
     ],
 )
 def test_every_sign_names_value_and_limit(name, value):
@@ -44,6 +48,13 @@ def test_actions_come_in_order_each_after_the_patience():
         *(GuardAction.WARN, GuardAction.TIGHTEN, GuardAction.LOWER_RATE, GuardAction.ROLLBACK),
         *(GuardAction.TIGHTEN, GuardAction.LOWER_RATE, GuardAction.ROLLBACK),
     ]
+
+
+@given(st.integers(1, 6))
+def test_a_rollback_comes_within_the_steps_that_are_promised(patience):
+    guard = CollapseGuard(GuardSettings(patience_steps=patience))
+    actions = [guard.observe(SICK).action for _ in range(guard.steps_to_rollback)]
+    assert actions[-1] is GuardAction.ROLLBACK and GuardAction.ROLLBACK not in actions[:-1]
 
 
 def test_one_healthy_step_begins_the_patience_anew():

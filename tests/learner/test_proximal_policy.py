@@ -2,6 +2,7 @@
 
 import copy
 import math
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -104,3 +105,18 @@ def test_interpolated_ones_lie_between_behavior_and_current_policy_by_the_age_of
     for name, parameter in reference.named_parameters():
         # The sequences carry their advantages in float32.
         torch.testing.assert_close(captured[name], parameter.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_the_mismatch_is_seen_whatever_the_proximal_policy_is():
+    """With interpolated ones, by the tokens whose weights are still those of the start."""
+    batch = random_batch(4, train_version=VERSION, max_staleness=0)
+
+    def mismatch(proximal: Literal["recomputed", "interpolated"], num_minibatches: int) -> float:
+        learner = new_learner(AlgorithmSettings(proximal=proximal), num_minibatches=num_minibatches)
+        return learner.step(batch).metrics["offpolicy/mismatch_kl"]
+
+    whole = mismatch("recomputed", 1)
+    assert whole > 0.01, "the recorded logprobs are not this policy's"
+    assert mismatch("interpolated", 1) == pytest.approx(whole, rel=1e-9)
+    assert mismatch("recomputed", 2) == pytest.approx(whole, rel=1e-9)
+    assert 0 < mismatch("interpolated", 2) != pytest.approx(whole, rel=1e-3)

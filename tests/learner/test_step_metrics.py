@@ -23,7 +23,7 @@ ALGORITHM = replace(
 def sums_of(scene: Scene, *, cuts: list[int]) -> StepSums:
     sums = StepSums(train_version=VERSION)
     for microbatch, result in scene.results(cuts):
-        sums.add(microbatch, result, scene.proximal[microbatch.index])
+        sums.add(microbatch, result, at_start=scene.proximal[microbatch.index])
     return sums
 
 
@@ -100,8 +100,12 @@ def test_the_mismatch_is_of_tokens_whose_whole_prefix_has_the_version_of_the_ste
     assert metrics["offpolicy/mismatch_kl"] == pytest.approx(expected, rel=1e-9)
     old = StepSums(train_version=VERSION + 1)
     for microbatch, result in scene.results([]):
-        old.add(microbatch, result, scene.proximal[microbatch.index])
+        old.add(microbatch, result, at_start=scene.proximal[microbatch.index])
     assert "offpolicy/mismatch_kl" not in old.metrics(RankGroup())
+    unknown = StepSums(train_version=VERSION)
+    (first, result), *_ = scene.results([])
+    unknown.add(first, result, at_start=None)
+    assert "offpolicy/mismatch_kl" not in unknown.metrics(RankGroup())
 
 
 def test_a_step_without_tokens_has_finite_metrics():
