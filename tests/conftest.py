@@ -9,6 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 FORKING = {
     "tests.learner.rank_processes",
+    "tests.learner.training_peers",
     "tests.runtime.forked_run",
     "tests.weight_sync.other_process",
 }

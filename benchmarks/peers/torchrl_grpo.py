@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from buffers_load import start_ray
 from peer_task import (
     GROUP_SIZE,
     MAX_TOKENS,
@@ -234,16 +235,7 @@ def train_async(args: Any, clock: StepClock) -> list[int]:
     import ray
 
     os.environ["OMP_NUM_THREADS"] = "1"
-    here = Path(__file__).resolve()
-    os.environ["PYTHONPATH"] = f"{here.parent}:{here.parents[2]}"  # of the actors' processes
-    ray.init(
-        address="local",
-        num_cpus=8,
-        include_dashboard=False,
-        _node_ip_address="127.0.0.1",
-        log_to_driver=False,
-        logging_level="ERROR",
-    )
+    start_ray()
     policy = make_policy(args.seed, 1)
     trainer = Trainer(policy, args.learning_rate)
     buffer = RayReplayBuffer(

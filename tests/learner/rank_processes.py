@@ -1,6 +1,5 @@
 """Ranks of a process group, each in a process of its own."""
 
-import multiprocessing
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -10,12 +9,7 @@ import torch.multiprocessing as mp
 
 
 def run_ranks(check: Callable[[], None], *, num_ranks: int, port: int) -> None:
-    """Call ``check`` on every rank of a gloo group.
-
-    The processes are forked from one that has imported the module of ``check``, if it is the first
-    to be asked for, since every import takes seconds.
-    """
-    multiprocessing.get_context("forkserver").set_forkserver_preload([check.__module__])
+    """Call ``check`` on every rank of a gloo group."""
     arguments = (check, num_ranks, port)
     mp.start_processes(_run, arguments, nprocs=num_ranks, start_method="forkserver")
 

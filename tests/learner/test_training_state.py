@@ -93,7 +93,6 @@ def test_two_ranks_go_on_from_one_and_one_from_two(tmp_path, free_port, shard):
     state = make_state(0)
     train(state, steps=3, seed=1)
     written(with_counters(state, policy_version=3), tmp_path / "before")
-    forkserver()
     arguments = (2, free_port, tmp_path, shard)
     mp.start_processes(go_on_as_a_rank, arguments, nprocs=2, start_method="forkserver")
     assert equal(torch.load(tmp_path / "loaded.pt"), whole_weights(state))
@@ -237,16 +236,8 @@ def test_one_state_is_written_at_a_time(tmp_path):
     assert (tmp_path / "b" / COUNTERS).read_text() == "{}"
 
 
-def forkserver() -> multiprocessing.context.ForkServerContext:
-    """Return where processes start from that have loaded torch already."""
-    context = multiprocessing.get_context("forkserver")
-    # The first step of an optimizer loads the compiler.
-    context.set_forkserver_preload(["torch._dynamo", "tests.learner.training_peers"])
-    return context
-
-
 def test_a_full_disk_is_an_error_of_the_writer(tmp_path):
-    context = forkserver()
+    context = multiprocessing.get_context("forkserver")
     messages = context.SimpleQueue()
     process = context.Process(target=write_beyond_a_limit, args=(tmp_path / "s", 1000, messages))
     process.start()
@@ -290,9 +281,10 @@ def killed(roots: dict[int, Path], *, first: Path) -> dict[int, int]:
         The exit code of each process, 0 for one that ended before its place came.
     """
     processes = {}
+    context = multiprocessing.get_context("forkserver")
     for place, root in roots.items():
         shutil.copytree(first, root)
-        process = forkserver().Process(target=write_and_be_killed, args=(root, 2, place))
+        process = context.Process(target=write_and_be_killed, args=(root, 2, place))
         process.start()
         processes[place] = process
     codes = {}
