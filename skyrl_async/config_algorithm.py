@@ -33,7 +33,10 @@ Advantage = Literal[
 
 WeightKind = Literal["none", "token", "sequence", "geometric"]
 
-GROUP_ESTIMATORS = ("grpo", "mean_centered", "rloo", "max_rl", "optimal_off_policy_baseline")
+GROUP_ESTIMATORS = (
+    *("grpo", "mean_centered", "rloo", "max_rl", "optimal_off_policy_baseline"),
+    *("batch_normalized", "reinforce_plus_plus_baseline"),
+)
 """Advantage estimators that compare the members of a group, and so need several."""
 
 VALUE_ESTIMATORS = ("gae", "length_adaptive_gae", "turn_level_gae", "vtrace", "retrace")

@@ -54,12 +54,17 @@ def distillation_problems(
             "teacher is compared with the logprobs at the start of the step; set "
             "algorithm.proximal=recomputed"
         )
-    if correction.opsm_delta is not None:
-        yield (
-            f"correction.opsm_delta={correction.opsm_delta}, distillation.teacher="
-            f"{distillation.teacher}: it masks by advantages before the teacher has spoken; remove "
-            "correction.opsm_delta"
-        )
+    by_sign = {
+        "correction.opsm_delta": correction.opsm_delta,
+        "correction.m2_limit": correction.m2_limit,
+        "algorithm.loss": "m2po" if algorithm.loss == "m2po" else None,
+    }
+    for name, value in by_sign.items():
+        if value is not None:
+            yield (
+                f"{name}={value}, distillation.teacher={distillation.teacher}: it masks by "
+                f"advantages before the teacher has spoken; remove {name}"
+            )
     if distillation.reward_weight:
         return
     if critic.kind != "none":

@@ -72,6 +72,12 @@ def learner_problems(learner: LearnerSection, *, critic_kind: str, advantage: st
             "of each trajectory needs all weights on one rank; set learner.shard_ranks=1, "
             "learner.sequence_ranks=1 and learner.offload=false"
         )
+    if advantage == "optimal_off_policy_baseline" and learner.compute_dtype != "float32":
+        yield (
+            f"algorithm.advantage={advantage}, learner.compute_dtype={learner.compute_dtype}: the "
+            "gradient of each trajectory is taken of the float32 weights; set "
+            "learner.compute_dtype=float32"
+        )
     if learner.device == "cuda":
         return
     if learner.offload:

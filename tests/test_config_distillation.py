@@ -39,6 +39,8 @@ def test_every_key_arrives():
         (["distillation.coefficient=2"], "there is no teacher; set distillation.teacher"),
         (["distillation.teacher=a", "algorithm.proximal=interpolated"], "recomputed"),
         (["distillation.teacher=a", "correction.opsm_delta=0.1"], "remove correction.opsm_delta"),
+        (["distillation.teacher=a", "correction.m2_limit=0.1"], "remove correction.m2_limit"),
+        (["distillation.teacher=a", "algorithm.loss=m2po"], "remove algorithm.loss"),
         (
             ["distillation.teacher=a", "algorithm.advantage=gae", "critic.kind=head"],
             "critic.kind=head, distillation.reward_weight=0",

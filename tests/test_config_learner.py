@@ -18,6 +18,7 @@ from skyrl_async.runtime.settings import learner_settings
             "needs all tokens of a sequence on one rank",
         ),
         (["learner.num_ranks=2", "algorithm=vcpo"], "set learner.shard_ranks=1"),
+        (["algorithm=vcpo", "learner.compute_dtype=bfloat16"], "set learner.compute_dtype=float32"),
         (["learner.offload=true"], "learner.device=cpu has everything in host memory"),
         (["learner.attention=flash"], "needs learner.device=cuda"),
         (["learner.attention=varlen"], "needs learner.device=cuda"),

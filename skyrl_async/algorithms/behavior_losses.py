@@ -255,7 +255,8 @@ def _smallest_dropped(
     """
     while len(squares) > _FEW:
         small = squares <= squares.mean()
-        if small.all():
+        # Equal ones may all lie on one side of their rounded mean.
+        if small.all() or not small.any():
             break
         total, count = base_sum + (squares * small).sum(), base_count + small.count_nonzero()
         if total <= limit * count:

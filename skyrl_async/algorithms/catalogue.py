@@ -126,7 +126,12 @@ def check_loss(name: str, options: Mapping[str, Any]) -> None:
     parameters = inspect.signature(find_loss(name)).parameters
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return
-    known = [p.name for p in parameters.values() if p.kind is p.KEYWORD_ONLY]
+    # What takes a tensor is given by the learner.
+    known = [
+        p.name
+        for p in parameters.values()
+        if p.kind is p.KEYWORD_ONLY and "Tensor" not in str(p.annotation)
+    ]
     for option, value in options.items():
         if option not in known:
             close = difflib.get_close_matches(option, known, n=1)

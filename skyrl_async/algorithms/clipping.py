@@ -16,12 +16,14 @@ from skyrl_async.algorithms.tokens import TokenLoss
 
 @torch.no_grad()
 def finite_exp(log_ratio: Tensor) -> Tensor:
-    """Return the exponential, at most the largest number of its type: 0 times it is 0, not NaN.
+    """Return the exponential, at most the root of the largest number of its type.
+
+    So its product with 0 is 0, not NaN, and that with an advantage is finite.
 
     Args:
         log_ratio: ``[T]``; the result has no gradient.
     """
-    return log_ratio.exp().clamp_(max=torch.finfo(log_ratio.dtype).max)
+    return log_ratio.exp().clamp_(max=torch.finfo(log_ratio.dtype).max ** 0.5)
 
 
 def with_slopes(values: Tensor, slopes: Tensor, variable: Tensor) -> Tensor:

@@ -68,6 +68,11 @@ class CorrectionSettings:
             raise ValueError("\n".join(problems))
 
     @property
+    def reads_advantages(self) -> bool:
+        """Whether a mask depends on the signs of the advantages."""
+        return self.opsm_delta is not None or self.m2_limit is not None
+
+    @property
     def needs_whole_batch(self) -> bool:
         """Whether any token's part depends on tokens of other sequences.
 
@@ -122,6 +127,7 @@ class Correction:
 
     Attributes:
         weights: ``[T]``; 0 where masked.
+        raw_weights: ``[T]``, before truncation, normalization and masks; 0 without a valid ratio.
         mask: ``[T]`` bool, true where kept.
         sums: quantities of tokens, summed over ``T``. ``masked_...`` counts what that mask rejects
             by itself; ``importance_weight`` and its square are over kept tokens, truncated but not
@@ -129,6 +135,7 @@ class Correction:
     """
 
     weights: Tensor
+    raw_weights: Tensor
     mask: Tensor
     sums: dict[str, Tensor]
 
@@ -180,6 +187,7 @@ def correct(
         truncated = _put(normalize_weights(_take(truncated, inside)), inside, len(ratios))
     return Correction(
         weights=_put(truncated, valid, len(finite)),
+        raw_weights=_put(raw, valid, len(finite)),
         mask=_put(kept, valid, len(finite)),
         sums=sums,
     )

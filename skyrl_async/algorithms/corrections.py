@@ -181,7 +181,7 @@ def veto_mask(
 
     Source: as ``sequence_mask``.
     """
-    guilty = sequence_ids[log_ratios < math.log(below)]
+    guilty = sequence_ids[~(log_ratios >= math.log(below))]
     innocent = torch.ones(num_sequences, dtype=torch.bool, device=sequence_ids.device)
     return innocent.index_fill_(0, guilty, False).index_select(0, sequence_ids)
 

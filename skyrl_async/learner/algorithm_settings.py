@@ -157,6 +157,16 @@ class AlgorithmSettings:
         return self.kl.coefficient > 0 and self.kl.placement == "reward"
 
     @property
+    def whitens_returns(self) -> bool:
+        """Whether the advantages are returns with a penalty at every token, whitened."""
+        return self.advantage == "reinforce_plus_plus" and self.kl_in_reward
+
+    @property
+    def whitens(self) -> bool:
+        """Whether advantages are whitened over the tokens of a minibatch."""
+        return self.whiten_advantages or self.whitens_returns
+
+    @property
     def needs_whole_batch(self) -> bool:
         """Whether logprobs of the whole minibatch come before its first backward pass."""
         return (

@@ -33,8 +33,10 @@ class Objective:
 
     Attributes:
         total: scalar, this microbatch's part of the minibatch's objective.
-        sums: quantities summed over the kept tokens (``tokens`` counts them); no gradient.
-        largest_weight: importance weight before truncation; no gradient.
+        sums: quantities summed over the kept tokens (``tokens`` counts them); ``kl_behavior`` over
+            all with a valid ratio (``valid_tokens``); no gradient.
+        largest_weight: of the importance weights before truncation, masked ones included; no
+            gradient.
     """
 
     total: Tensor
@@ -63,9 +65,9 @@ def objective(
     """
     index = microbatch.index
     tokens, log_ratios = _loss_tokens(outputs, microbatch, batch, targets, proximal_logprobs)
-    weights, kept = _correction(tokens, log_ratios, index, targets, settings.correction)
+    weights, raw, valid = _correction(tokens, log_ratios, index, targets, settings.correction)
     share = targets.aggregation[index]
-    kept = kept & (share > 0)
+    kept = valid & (share > 0)
     tokens, share = tokens.select(kept), share[kept]
     entropy = outputs.entropy[kept]
     options = dict(settings.loss_options)
@@ -88,13 +90,13 @@ def objective(
     return Objective(
         total=total,
         sums={
-            **_ratio_sums(log_ratios, weights, kept, settings.correction),
+            **_ratio_sums(log_ratios, weights, raw, kept, settings.correction),
             "loss": policy_loss.detach(),
             "entropy": entropy.detach().sum(),
             "clipped": policy.clipped.sum(),
             "kl_reference": divergence.detach().sum(),
         },
-        largest_weight=_largest(log_ratios),
+        largest_weight=raw.max() if raw.numel() else raw.new_zeros(()),
     )
 
 
@@ -126,18 +128,23 @@ def _correction(
     index: Tensor,
     targets: Targets,
     settings: CorrectionSettings,
-) -> tuple[Tensor, Tensor]:
-    """Return weight and mask of the microbatch's tokens; both ``[L]``."""
-    if targets.correction is not None:
-        return targets.correction.weights[index], targets.correction.mask[index]
-    made = correct(
-        log_ratios,
-        advantages=tokens.advantages,
-        sequence_ids=tokens.sequence_ids,
-        num_sequences=tokens.num_sequences,
-        settings=settings,
-    )
-    return made.weights, made.mask
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return weight, weight before truncation, and mask of the tokens; each ``[L]``."""
+    made = targets.correction
+    if made is None:
+        made = correct(
+            log_ratios,
+            advantages=tokens.advantages,
+            sequence_ids=tokens.sequence_ids,
+            num_sequences=tokens.num_sequences,
+            settings=settings,
+        )
+        index = torch.arange(len(log_ratios), device=log_ratios.device)
+    raw = made.raw_weights[index]
+    if settings.weight == "none":
+        # Without a weight in the loss, that of the tokens still says how much is off-policy.
+        raw = log_ratios.exp().masked_fill(~log_ratios.isfinite(), 0.0)
+    return made.weights[index], raw, made.mask[index]
 
 
 def _divergence(tokens: LossTokens, reference: Tensor, settings: KlSettings) -> Tensor:
@@ -150,24 +157,18 @@ def _divergence(tokens: LossTokens, reference: Tensor, settings: KlSettings) -> 
     )
 
 
-def _largest(log_ratios: Tensor) -> Tensor:
-    finite = log_ratios[log_ratios.isfinite()]
-    return finite.max().exp() if finite.numel() else log_ratios.new_zeros(())
-
-
 def _ratio_sums(
-    log_ratios: Tensor, weights: Tensor, kept: Tensor, settings: CorrectionSettings
+    log_ratios: Tensor, weights: Tensor, raw: Tensor, kept: Tensor, settings: CorrectionSettings
 ) -> dict[str, Tensor]:
-    """Return sums over the kept tokens that say how far the data is from the policy."""
+    """Return sums that say how far the data is from the policy."""
     finite = log_ratios[log_ratios.isfinite()]
-    ratios = log_ratios[kept].exp()
-    # Without a weight in the loss, its effective sample size still says how much is off-policy.
-    used = ratios if settings.weight == "none" else weights[kept]
+    used = raw[kept] if settings.weight == "none" else weights[kept]
     return {
         "tokens": kept.sum(),
         "masked": (~kept).sum(),
         "importance_weight": used.sum(),
         "importance_weight_squared": used.square().sum(),
-        "importance_weight_capped": (ratios > settings.weight_cap).sum(),
+        "importance_weight_capped": (raw[kept] > settings.weight_cap).sum(),
+        "valid_tokens": log_ratios.new_tensor(finite.numel()),
         "kl_behavior": kl.k3(-finite).sum(),
     }

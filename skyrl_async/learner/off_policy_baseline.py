@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from skyrl_async.algorithms.advantages import optimal_off_policy_baseline
+from skyrl_async.algorithms.corrections import finite_mask
 from skyrl_async.learner.logprobs import token_logprobs
 from skyrl_async.learner.packing import pack, split_by_cost
 from skyrl_async.learner.rank_group import RankGroup
@@ -31,8 +32,8 @@ def with_off_policy_baseline(
     """Return the sequences with advantages from the optimal off-policy baseline of their group.
 
     The weight of a trajectory is the product of its tokens' ratios of the present to the behavior
-    policy, truncated. If a ratio or a gradient is not finite, all advantages are NaN, so that the
-    step is skipped.
+    policy, truncated; tokens without a valid behavior logprob have no part in anything. If a ratio
+    or a gradient is not finite, all advantages are NaN, so that the step is skipped.
 
     Args:
         sequences: of a whole batch, the same on every rank.
@@ -46,11 +47,15 @@ def with_off_policy_baseline(
     log_weights, squared_norms = torch.zeros(2, len(sequences), dtype=torch.float64)
     lengths = [len(s.token_ids) for s in sequences]
     for index in split_by_cost(lengths, num_parts=ranks.num_ranks)[ranks.rank]:
-        (microbatch,) = pack([sequences[index]], tokens_per_microbatch=1, dtype=parameters[0].dtype)
+        (packed,) = pack([sequences[index]], tokens_per_microbatch=1, dtype=parameters[0].dtype)
+        microbatch = packed.to(ranks.device)
+        valid = finite_mask(microbatch.behavior_logprobs)
         with torch.enable_grad():
-            logprobs = token_logprobs(model, microbatch)
+            logprobs = token_logprobs(model, microbatch)[valid]
             gradients = torch.autograd.grad(logprobs.sum(), parameters, allow_unused=True)
-        log_weights[index] = (logprobs.detach() - microbatch.behavior_logprobs).double().sum()
+        log_weights[index] = (
+            (logprobs.detach() - microbatch.behavior_logprobs[valid]).double().sum()
+        )
         squared_norms[index] = _squared_norm(gradients)
     weights = ranks.sum_(log_weights).exp().clamp(max=weight_cap).numpy()
     norms = ranks.sum_(squared_norms).numpy()

@@ -6,6 +6,7 @@ Shapes: ``T`` loss tokens of the minibatch, those of all ranks.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -105,19 +106,8 @@ def make_targets(
     candidates = batch.behavior_logprobs.isfinite()
     if settings.mask_truncated:
         candidates = candidates & ~batch.truncated[batch.sequence_ids]
-    correction = None
-    if settings.needs_whole_batch:
-        log_ratios = _needed(proximal_logprobs, "proximal logprobs") - batch.behavior_logprobs
-        correction = correct(
-            log_ratios.masked_fill(~candidates, torch.nan),
-            advantages=advantages,
-            sequence_ids=batch.sequence_ids,
-            num_sequences=batch.num_sequences,
-            settings=settings.correction,
-        )
+    advantages, correction = _corrected(batch, settings, known, advantages, candidates)
     kept = candidates if correction is None else correction.mask
-    if settings.whiten_advantages:
-        advantages = whitened(advantages, kept)
     targets = Targets(
         advantages=advantages,
         aggregation=_shares(batch, settings, kept, dtype=advantages.dtype),
@@ -135,6 +125,38 @@ def make_targets(
     shares = _shares(batch, settings, kept, dtype=advantages.dtype)
     drawn_to = ValueTargets(old_values=values, targets=returns.targets, aggregation=shares)
     return replace(targets, values=drawn_to)
+
+
+def _corrected(
+    batch: LossBatch,
+    settings: AlgorithmSettings,
+    known: _Known,
+    advantages: Tensor,
+    candidates: Tensor,
+) -> tuple[Tensor, Correction | None]:
+    """Return the advantages, whitened if they are to be, and the correction of the minibatch.
+
+    Masks that depend on signs see those that are trained: the advantages are whitened over what
+    the other masks keep.
+    """
+    if not settings.needs_whole_batch:
+        return whitened(advantages, candidates) if settings.whitens else advantages, None
+    log_ratios = _needed(known.proximal_logprobs, "proximal logprobs") - batch.behavior_logprobs
+    make = partial(
+        correct,
+        log_ratios.masked_fill(~candidates, torch.nan),
+        sequence_ids=batch.sequence_ids,
+        num_sequences=batch.num_sequences,
+    )
+    by = settings.correction
+    if not settings.whitens:
+        return advantages, make(advantages=advantages, settings=by)
+    unsigned = replace(by, opsm_delta=None, m2_limit=None)
+    correction = make(advantages=advantages, settings=unsigned)
+    advantages = whitened(advantages, correction.mask)
+    if by.reads_advantages:
+        correction = make(advantages=advantages, settings=by)
+    return advantages, correction
 
 
 def _shares(
@@ -184,8 +206,12 @@ def whitened(advantages: Tensor, kept: Tensor | None) -> Tensor:
     chosen = advantages if kept is None else advantages[kept]
     if not chosen.numel():
         return advantages
-    spread = chosen.var(correction=0).sqrt()
-    return (advantages - chosen.mean()) / (spread + 1e-6)
+    if chosen.min() == chosen.max():
+        # The mean of equal numbers is not always that number.
+        return torch.zeros_like(advantages)
+    exact = chosen.double()
+    centered = advantages.double() - exact.mean()
+    return (centered / (exact.var(correction=0).sqrt() + 1e-6)).to(advantages.dtype)
 
 
 def _advantages(
@@ -203,6 +229,8 @@ def _advantages(
             beta=settings.kl.coefficient,
             gamma=settings.gamma,
         )
+        if settings.whitens_returns:
+            return batch.rewards[batch.sequence_ids] + to_go, None
         return batch.advantages + _centered_by_prompt(to_go, batch), None
     rewards = batch.token_rewards()
     if penalty is not None:

@@ -72,6 +72,20 @@ def test_m2_mask_of_many_tokens_drops_what_sorting_all_of_them_drops(limit, valu
     assert torch.equal(m2_mask(log_ratios, advantages, limit=limit), expected)
 
 
+@pytest.mark.parametrize("size", [0.3, 0.7, -2.7])
+@pytest.mark.parametrize("equal", [513, 534, 600, 899, 4000])
+def test_m2_mask_ends_where_more_tokens_are_equal_than_it_sorts(equal, size):
+    """Their mean, rounded, may be below or above every one of them."""
+    generator = torch.Generator().manual_seed(0)
+    near = 0.05 * torch.randn(200, generator=generator, dtype=torch.float64)
+    log_ratios = torch.cat((near, torch.full((equal,), size, dtype=torch.float64)))
+    outward = log_ratios.sign()
+    ascending = log_ratios.square().sort().values
+    within = ascending.cumsum(0) / torch.arange(1, len(ascending) + 1) <= 0.04
+    assert m2_mask(log_ratios, outward, limit=0.04).sum() == within.sum() < len(within)
+    assert not m2_mask(log_ratios[200:], outward[200:], limit=0.04).any()
+
+
 def test_m2_mask_bounds_the_second_moment_and_never_drops_tokens_moving_back():
     generator = torch.Generator().manual_seed(0)
     log_ratios = torch.randn(400, generator=generator, dtype=torch.float64)

@@ -159,6 +159,18 @@ def test_what_cannot_work_is_refused_with_the_remedy(override, words):
         load_config(None, [override, "staleness.max=2"])
 
 
+@pytest.mark.parametrize("name", ["batch_normalized", "reinforce_plus_plus_baseline", "rloo"])
+def test_groups_of_one_are_refused_where_they_would_have_no_advantage(name):
+    with pytest.raises(ConfigError, match=r"compares the members of a group"):
+        load_config(None, [f"algorithm.advantage={name}", "rollout.group_size=1"])
+    load_config(None, ["algorithm.advantage=reinforce_plus_plus", "rollout.group_size=1"])
+
+
+def test_what_the_learner_gives_a_loss_is_no_option_of_it():
+    with pytest.raises(ValueError, match=r"algorithm.loss_options.kept=1: unknown option"):
+        check_loss("m2po", {"kept": 1})
+
+
 def test_a_behavior_loss_with_a_weight_would_correct_twice():
     with pytest.raises(ConfigError, match="count twice"):
         load_config(None, ["algorithm.loss=aipo", "correction.weight=token"])

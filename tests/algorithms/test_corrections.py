@@ -106,6 +106,20 @@ def test_veto_takes_the_whole_sequence_of_one_token_and_no_other():
     assert mask.tolist() == [False, False, False, True, True]
 
 
+def test_a_ratio_that_is_no_number_passes_no_mask():
+    log_ratios, ids = torch.tensor([math.nan, 0.0, 0.0]), torch.tensor([0, 0, 1])
+    given = (log_ratios, ids, 2)
+    assert token_mask(log_ratios, low=0.5, high=2.0).tolist() == [False, True, True]
+    for mask in (
+        veto_mask(*given, below=1e-4),
+        sequence_mask(*given, low=0.5, high=2.0),
+        geometric_mask(*given, low=0.5, high=2.0),
+        k2_mask(*given, limit=0.1, level="sequence_max"),
+        k3_mask(*given, limit=0.1, level="sequence_mean"),
+    ):
+        assert mask.tolist() == [False, False, True]
+
+
 def test_finite_mask_takes_out_what_cannot_be_a_logprob():
     logprobs = torch.tensor([-1.0, 0.0, math.nan, math.inf, -math.inf, 0.5, -80.0, 1e-6])
     kept = [True, True, False, False, False, False, True, True]

@@ -114,7 +114,7 @@ def test_no_tokens_give_empty_outputs(loss):
         assert gradients(result, tokens) == []
 
 
-@pytest.mark.parametrize("advantage", [1.0, 0.0])
+@pytest.mark.parametrize("advantage", [1.0, 0.0, 50.0, -50.0])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_ratios_beyond_the_number_format_leave_losses_and_gradients_finite(loss, advantage):
     row = (-0.5, -200.0, -200.0, advantage)

@@ -27,6 +27,9 @@ ALGORITHMS = {
         correction=CorrectionSettings(geometric_mask=(0.01, 100.0), normalize_weights=True)
     ),
     "interpolated": AlgorithmSettings(proximal="interpolated"),
+    "off-policy baseline": AlgorithmSettings(
+        advantage="optimal_off_policy_baseline", correction=CorrectionSettings(weight="sequence")
+    ),
     "whitened": AlgorithmSettings(whiten_advantages=True),
 }
 

@@ -56,13 +56,31 @@ def test_metrics_are_means_over_the_kept_tokens():
             [float(math.exp(log_ratios[t]) > 1.5) for t in kept]
         ),
         # Over all tokens, the rejected ones too: these are the far ones.
-        "offpolicy/kl_behavior": mean([math.exp(x) - 1 - x for x in log_ratios]),
+        "offpolicy/kl_behavior": sum(math.exp(x) - 1 - x for x in log_ratios) / len(log_ratios),
         "offpolicy/clip_fraction": len(clipped) / len(kept),
         "offpolicy/masked_fraction": 1 - len(kept) / len(log_ratios),
         "loss/kl": mean([0.5 * apart[t] ** 2 for t in kept]),
     }
     assert clipped
     assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-9)
+
+
+def test_weights_of_sequences_are_reported_as_such():
+    scene = Scene(
+        0, replace(PLAIN, correction=CorrectionSettings(weight="sequence", weight_cap=1.5))
+    )
+    metrics = sums_of(scene, cuts=[]).metrics(RankGroup())
+    log_ratios = scene.proximal - scene.batch.behavior_logprobs
+    ids = scene.batch.sequence_ids
+    products = [math.exp(log_ratios[ids == i].sum()) for i in ids.tolist()]
+    assert any(w > 1.5 for w in products) and any(w < 1.5 for w in products)
+    assert metrics["offpolicy/importance_weight_max"] == pytest.approx(max(products), rel=1e-9)
+    assert metrics["offpolicy/importance_weight_capped_fraction"] == pytest.approx(
+        sum(w > 1.5 for w in products) / len(products)
+    )
+    assert metrics["offpolicy/importance_weight_mean"] == pytest.approx(
+        sum(min(w, 1.5) for w in products) / len(products)
+    )
 
 
 def test_the_split_into_microbatches_changes_nothing():

@@ -120,6 +120,20 @@ def test_without_a_critic_the_divergence_to_come_is_compared_within_the_prompt()
     torch.testing.assert_close(scene.targets(settings, values=None).advantages, expected)
 
 
+def test_reinforce_plus_plus_whitens_returns_that_paid_the_divergence_to_come():
+    scene = Scene(2)
+    settings = AlgorithmSettings(
+        advantage="reinforce_plus_plus", kl=KlSettings(coefficient=0.3, placement="reward")
+    )
+    returns: list[float] = []
+    for number in range(len(scene.sequences)):
+        kl = (scene.proximal - scene.reference)[scene.of(number)].tolist()
+        returns += literal.reinforce_plus_plus_returns(scene.rewards(number), kl, 0.3, 1.0)
+    expected = (np.array(returns) - np.mean(returns)) / (np.std(returns) + 1e-6)
+    found = scene.targets(settings, values=None).advantages.tolist()
+    assert found == pytest.approx(expected.tolist(), abs=1e-9)
+
+
 def test_the_adaptive_lambda_is_for_the_policy_and_the_critic_learns_whole_returns():
     scene = Scene(3)
     settings = replace(GAE, advantage="length_adaptive_gae", gamma=1.0, length_adaptive_alpha=0.5)
@@ -320,6 +334,30 @@ def test_advantages_are_whitened_over_the_kept_tokens_and_shares_are_theirs():
     assert np.std(chosen) == pytest.approx(1, abs=1e-5)
     assert targets.aggregation[kept].tolist() == pytest.approx([1 / int(kept.sum())] * len(chosen))
     assert not targets.aggregation[~kept].any()
+
+
+def test_masks_that_depend_on_signs_see_the_advantages_that_are_trained():
+    scene = Scene(1)
+    settings = replace(GAE, whiten_advantages=True, gae_lambda=1.0, gamma=1.0)
+    log_ratios = scene.proximal - scene.batch.behavior_logprobs
+
+    opsm = scene.targets(replace(settings, correction=CorrectionSettings(opsm_delta=0.0)))
+    unlikely = torch.stack([log_ratios[scene.of(n)].mean() < 0 for n in range(12)])
+    expected = ~((opsm.advantages < 0) & unlikely[scene.batch.sequence_ids])
+    assert opsm.correction is not None
+    assert torch.equal(opsm.correction.mask, expected)
+    before = scene.targets(replace(settings, whiten_advantages=False)).advantages
+    assert (before.sign() != opsm.advantages.sign()).any(), "whitening moves some across 0"
+
+    m2 = scene.targets(replace(settings, correction=CorrectionSettings(m2_limit=0.01)))
+    assert m2.correction is not None
+    outward = m2.correction.mask & (m2.advantages * log_ratios > 0)
+    assert 0 < log_ratios[outward].square().mean() <= 0.01
+
+
+@pytest.mark.parametrize("value", [0.3, 0.7, 1000.7])
+def test_whitening_makes_nothing_of_rounding(value):
+    assert not whitened(torch.full((37,), value), None).any()
 
 
 def test_whitening_equal_or_no_advantages_gives_zeros_or_none():
