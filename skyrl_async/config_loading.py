@@ -10,6 +10,7 @@ Nothing is read from the environment.
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -89,6 +90,7 @@ class _Layers:
     Attributes:
         values: nested as in the configuration; known keys only.
         origins: dotted path -> ``file:line`` or ``command line``.
+        covered: dotted path -> value and origin before a preset set it.
         problems: one line each.
         doubtful: dotted paths that were meant to be set, but could not be.
         unreadable: a file is missing or broken, so values may be missing.
@@ -96,6 +98,7 @@ class _Layers:
 
     values: dict[str, Any] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict)
+    covered: dict[str, tuple[Any, str]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     doubtful: set[str] = field(default_factory=set)
     unreadable: bool = False
@@ -168,6 +171,9 @@ class _Layers:
             for key, inner in value.items():
                 self.set((dotted, str(key)), inner, origin)
         elif dotted in KEYS and not any("." in part for part in path):
+            before = self.origins.get(dotted)
+            if _is_preset(origin) and before is not None and not _is_preset(before):
+                self.covered[dotted] = (_lookup(self.values, path), before)
             self.origins[dotted] = origin
             _assign(self.values, path, value)
         elif all(path) and (free := [k for k in FREE_KEYS if dotted.startswith(f"{k}.")]):
@@ -178,15 +184,25 @@ class _Layers:
             self.problems.append(f"{dotted}={_quote(value)} ({origin}): {_explain_unknown(path)}")
 
     def _read_preset(self, name: str, origin: str) -> None:
-        """Add the file of an algorithm preset."""
+        """Add the file of an algorithm preset, in place of an earlier one."""
         presets = {p.stem: p for p in sorted(PRESETS.glob("*.yaml"))}
         if name in presets:
+            self._take_back_preset()
             self.read(presets[name], origin=f" ({origin})")
             return
         close = difflib.get_close_matches(name.lower(), presets, n=1, cutoff=0.4)
         hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(presets)}"
         self.doubtful.update(k for k in KEYS if k.startswith("algorithm."))
         self.problems.append(f"algorithm={_quote(name)} ({origin}): no such preset; {hint}")
+
+    def _take_back_preset(self) -> None:
+        """Give every value that a preset has set, and nothing since, what it was before."""
+        for dotted in [d for d, origin in self.origins.items() if _is_preset(origin)]:
+            _remove(self.values, dotted)
+            del self.origins[dotted]
+            if dotted in self.covered:
+                value, self.origins[dotted] = self.covered.pop(dotted)
+                _assign(self.values, tuple(dotted.split(".")), value)
 
     def apply(self, overrides: Sequence[str]) -> None:
         """Apply overrides in their order."""
@@ -359,6 +375,16 @@ def _assign(values: dict[str, Any], path: KeyPath, value: Any) -> None:
             values[part] = {}
         values = values[part]
     values[path[-1]] = value
+
+
+def _is_preset(origin: str) -> bool:
+    return origin.startswith(f"{PRESETS}{os.sep}")
+
+
+def _lookup(values: dict[str, Any], path: KeyPath) -> Any:
+    for part in path:
+        values = values[part]
+    return values
 
 
 def _remove(values: dict[str, Any], dotted: str) -> None:

@@ -160,7 +160,7 @@ def _check_loss(config: Config) -> None:
     if not algorithm.loss_options and ":" not in algorithm.loss:
         return
     # Loading torch takes a while, so only those who set a loss pay for it.
-    from skyrl_async.algorithms.catalogue import check_loss
+    from skyrl_async.algorithms.loss_by_name import check_loss
 
     check_loss(algorithm.loss, algorithm.loss_options)
 

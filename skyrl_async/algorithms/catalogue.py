@@ -5,8 +5,6 @@ The docstrings are the source; ``python -m skyrl_async.algorithms`` prints them 
 
 from __future__ import annotations
 
-import difflib
-import importlib
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -89,57 +87,6 @@ def entries() -> Iterator[Entry]:
 def losses() -> Mapping[str, Callable[..., Any]]:
     """Return the policy losses by name."""
     return MappingProxyType({e.name: e.function for e in entries() if e.kind == "loss"})
-
-
-def find_loss(name: str) -> Callable[..., Any]:
-    """Return a policy loss by name, or by ``module:function``.
-
-    Raises:
-        ValueError: if there is none.
-    """
-    module_name, colon, function_name = name.partition(":")
-    if not colon:
-        known = losses()
-        if name in known:
-            return known[name]
-        close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-        hint = f"did you mean {close[0]}?" if close else f"one of {', '.join(known)}"
-        raise ValueError(f"algorithm.loss={name}: no such loss; {hint}")
-    try:
-        function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"algorithm.loss={name}: cannot be imported ({error}); give module:function, with the "
-            "module on PYTHONPATH"
-        ) from error
-    if not callable(function):
-        raise ValueError(f"algorithm.loss={name}: is no function but {type(function).__name__}")
-    return function
-
-
-def check_loss(name: str, options: Mapping[str, Any]) -> None:
-    """Check that a loss exists and takes these options.
-
-    Raises:
-        ValueError: naming the option, and the ones that there are.
-    """
-    parameters = inspect.signature(find_loss(name)).parameters
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return
-    # What takes a tensor is given by the learner.
-    known = [
-        p.name
-        for p in parameters.values()
-        if p.kind is p.KEYWORD_ONLY and "Tensor" not in str(p.annotation)
-    ]
-    for option, value in options.items():
-        if option not in known:
-            close = difflib.get_close_matches(option, known, n=1)
-            there = ", ".join(known) or "no options"
-            hint = f"did you mean {close[0]}?" if close else f"{name} has {there}"
-            raise ValueError(f"algorithm.loss_options.{option}={value}: unknown option; {hint}")
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ValueError(f"algorithm.loss_options.{option}={value!r}: must be a number")
 
 
 def _entry(kind: str, name: str, function: Callable[..., Any]) -> Entry:

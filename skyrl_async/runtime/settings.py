@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
-from skyrl_async.algorithms.catalogue import find_loss
 from skyrl_async.algorithms.composition import CorrectionSettings
 from skyrl_async.algorithms.distillation import DistillationSettings
+from skyrl_async.algorithms.loss_by_name import find_loss
 from skyrl_async.config import Config
 from skyrl_async.config_algorithm import weight_kind
 from skyrl_async.config_optimizer import OptimizerSection

@@ -8,9 +8,10 @@ import skyrl_async.algorithms.__main__ as catalogue_command
 from skyrl_async import config_algorithm
 from skyrl_async.algorithms import advantages
 from skyrl_async.algorithms.__main__ import as_json, as_markdown, main
-from skyrl_async.algorithms.catalogue import check_loss, entries, find_loss, losses
+from skyrl_async.algorithms.catalogue import entries, losses
 from skyrl_async.algorithms.composition import CorrectionSettings
 from skyrl_async.algorithms.kl import KlEstimator
+from skyrl_async.algorithms.loss_by_name import check_loss, find_loss
 from skyrl_async.config_algorithm import (
     ADVANTAGES,
     BEHAVIOR_LOSSES,
@@ -135,6 +136,14 @@ def test_a_later_override_wins_over_a_preset():
     assert config.filters.zero_variance
 
 
+@pytest.mark.parametrize("first", ["ppo_recomputed", "icepop", "vapo", "scale_rl"])
+def test_a_preset_replaces_another_and_leaves_what_was_said_besides(first):
+    config = load_config(None, [f"algorithm={first}", "staleness.max=2", "algorithm=gspo"])
+    assert config == load_config(None, ["algorithm=gspo", "staleness.max=2"])
+    kept = load_config(None, ["correction.weight_cap=7", f"algorithm={first}", "algorithm=grpo"])
+    assert kept.correction.weight_cap == 7
+
+
 def test_a_file_can_name_a_preset(tmp_path: Path):
     file = tmp_path / "run.yaml"
     file.write_text("algorithm: gspo\nstaleness: {max: 4}\n")
@@ -164,11 +173,6 @@ def test_groups_of_one_are_refused_where_they_would_have_no_advantage(name):
     with pytest.raises(ConfigError, match=r"compares the members of a group"):
         load_config(None, [f"algorithm.advantage={name}", "rollout.group_size=1"])
     load_config(None, ["algorithm.advantage=reinforce_plus_plus", "rollout.group_size=1"])
-
-
-def test_what_the_learner_gives_a_loss_is_no_option_of_it():
-    with pytest.raises(ValueError, match=r"algorithm.loss_options.kept=1: unknown option"):
-        check_loss("m2po", {"kept": 1})
 
 
 def test_a_behavior_loss_with_a_weight_would_correct_twice():
@@ -225,16 +229,3 @@ def test_interpolated_proximal_logprobs_come_too_late_for_masks():
         load_config(None, ["algorithm.proximal=interpolated", "correction.token_high=2"])
     with pytest.raises(ConfigError, match=r"algorithm.loss=m2po.*proximal=recomputed"):
         load_config(None, ["algorithm.proximal=interpolated", "algorithm.loss=m2po"])
-
-
-def test_options_that_a_loss_does_not_have_are_refused():
-    with pytest.raises(ValueError, match=r"clip_lw=0.1: unknown option; did you mean clip_low\?"):
-        check_loss("ppo_clip", {"clip_lw": 0.1})
-    with pytest.raises(ValueError, match="must be a number"):
-        check_loss("ppo_clip", {"clip_low": "much"})
-
-
-def test_a_loss_of_ones_own_is_found_by_module_and_name():
-    assert find_loss("skyrl_async.algorithms.policy_losses:sapo") is losses()["sapo"]
-    with pytest.raises(ValueError, match="cannot be imported"):
-        find_loss("no_such_module:loss")
