@@ -101,6 +101,7 @@ class ReplayBuffer:
         self._leases: dict[int, _Lease] = {}  # in the order in which they were sampled
         self._next_lease_id = 0
         self._size_bytes = 0
+        self._had_larger_bound = False
 
     @property
     def num_buffered(self) -> int:
@@ -123,7 +124,7 @@ class ReplayBuffer:
         Raises:
             RuntimeError: if a group with this id is inside.
         """
-        self.restore(StoredGroup(group=group))
+        self._take_in(StoredGroup(group=group))
 
     def restore(self, stored: StoredGroup) -> None:
         """Take in a group of :meth:`contents`, with the uses that it has had.
@@ -131,6 +132,10 @@ class ReplayBuffer:
         Raises:
             RuntimeError: if a group with this id is inside.
         """
+        self._had_larger_bound = True  # perhaps: the checkpoint does not say
+        self._take_in(stored)
+
+    def _take_in(self, stored: StoredGroup) -> None:
         group_id = stored.group.group_id
         if group_id in self._inside:
             raise RuntimeError(f"group {group_id} was inserted twice")
@@ -146,6 +151,7 @@ class ReplayBuffer:
     def tighten(self, rule: BoundRule) -> None:
         """Apply another rule from now on, also to what is inside; open leases keep theirs."""
         self._rule = rule
+        self._had_larger_bound = True
         self._by_deadline = {}
         for group_id, stored in self._buffered.items():
             self._by_deadline.setdefault(rule.deadline(stored.group), set()).add(group_id)
@@ -167,7 +173,9 @@ class ReplayBuffer:
     ) -> tuple[SampledBatch | None, tuple[DepartedGroup, ...]]:
         """Lease a full batch for the step that starts at ``train_version``.
 
-        Groups that are too old for this step leave first, whether or not a batch can be made.
+        Groups that are too old for this step leave first, whether or not a batch can be made. Where
+        after :meth:`tighten` or :meth:`restore` there are more groups than the rule can train in time,
+        and nothing is in flight any more, the oldest ones leave as stale.
 
         Args:
             train_version: policy version from which the step will start. For a batch that is
@@ -184,6 +192,11 @@ class ReplayBuffer:
         """
         departed = self._evict(train_version)
         groups = self._complete((), train_version, in_flight_versions, later_leases=())
+        while groups is None and self._is_stuck(in_flight_versions):
+            oldest = self._buffered[self._by_age[0][1]]
+            self._remove(oldest)
+            departed = (*departed, self._too_old(oldest))
+            groups = self._complete((), train_version, in_flight_versions, later_leases=())
         if groups is None:
             return None, departed
         lease_id = self._next_lease_id
@@ -306,6 +319,12 @@ class ReplayBuffer:
         for stored in chosen:
             self._remove(stored)
         return (*kept, *chosen)
+
+    def _is_stuck(self, in_flight_versions: Mapping[int, int]) -> bool:
+        """Whether groups admitted for a larger bound forbid every batch."""
+        if not self._had_larger_bound or self._leases or any(in_flight_versions.values()):
+            return False
+        return len(self._by_age) >= self._groups_per_step
 
     def _lease(
         self, lease_id: int, groups: tuple[StoredGroup, ...], train_version: int

@@ -111,6 +111,41 @@ def test_pace_counts_buffered_and_in_flight_together():
     assert ids(buffer.sample(2, {2: 1})[0]) == [0]
 
 
+def paced(bound: int, num_groups: int) -> ReplayBuffer:
+    """Return a buffer that holds a group of each of the versions up to ``num_groups``."""
+    buffer = make_buffer("pace", bound=bound, batch=1)
+    for version in range(num_groups):
+        buffer.insert(make_group(version, [[version]]))
+    return buffer
+
+
+def test_a_smaller_bound_lets_the_oldest_leave_once_nothing_is_in_flight():
+    """They were admitted for the larger one, and forbid every batch."""
+    buffer = paced(bound=8, num_groups=6)
+    buffer.tighten(StalenessRule(name="pace", max_staleness=1, groups_per_step=1))
+    batch, departed = buffer.sample(4, {4: 1})
+    assert batch is None and [d.stored.group.group_id for d in departed] == [0, 1, 2]
+    # Deadlines 4, 5 and 6, of which the step at 4 trains the first, and the others follow.
+    batch, departed = buffer.sample(5, {})
+    assert ids(batch) == [4] and left(departed) == [(3, "dropped", DropReason.STALE)]
+
+    stuck = make_buffer("pace", bound=8, batch=1)
+    fill(stuck, g0=[[5]], g1=[[5]], g2=[[5]], g3=[[5]])
+    stuck.tighten(StalenessRule(name="pace", max_staleness=1, groups_per_step=1))
+    assert stuck.sample(5, {5: 1}) == (None, ()), "what is in flight may change it"
+    batch, departed = stuck.sample(5, {})
+    assert ids(batch) == [2] and [d.stored.group.group_id for d in departed] == [0, 1]
+    assert all(d.reason is DropReason.STALE for d in departed)
+
+
+def test_restored_groups_of_a_larger_bound_do_not_stop_training_either():
+    buffer = make_buffer("pace", bound=1, batch=1)
+    for stored in paced(bound=8, num_groups=4).contents():
+        buffer.restore(stored)
+    batch, departed = buffer.sample(3, {})
+    assert ids(batch) and len(departed) + 1 + buffer.num_buffered == 4
+
+
 def test_pace_counts_a_later_batch_as_left_over():
     buffer = make_buffer("pace", bound=1, batch=1)
     fill(buffer, g0=[[0]], g1=[[0]])
