@@ -293,7 +293,7 @@ class _Run:
         summary["total_seconds"] = time.monotonic() - self._started_s
         summary["staleness_configured_max"] = self._config.staleness.max
         summary["seed"] = self._config.seed
-        waste = largest_waste(summary.get("idle", {}), waste_facts(self._config))
+        waste = largest_waste(summary.get("idle", {}), waste_facts(self._config, summary))
         summary["largest_waste"] = None if waste is None else waste.to_json()
         lag = self._config.lab.exact_lag
         if lag is not None:

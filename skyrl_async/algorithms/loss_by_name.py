@@ -83,6 +83,8 @@ def _few_tokens() -> LossTokens:
 
 def _problems_of(result: Any) -> Iterator[str]:
     """Yield what is wrong with the outcome of a loss."""
+    if inspect.iscoroutine(result):
+        result.close()
     if not isinstance(result, TokenLoss):
         yield f"it returned {type(result).__name__}"
         return
@@ -107,17 +109,19 @@ def _check_options(name: str, function: Callable[..., Any], options: Mapping[str
         return
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return
+    others = list(parameters.values())[1:]
     # What takes a tensor is given by the learner.
     known = [
         p.name
-        for p in parameters.values()
-        if p.kind is p.KEYWORD_ONLY and "Tensor" not in str(p.annotation)
+        for p in others
+        if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD) and "Tensor" not in str(p.annotation)
     ]
+    is_ours = ":" not in name
     for option, value in options.items():
         if option not in known:
             close = difflib.get_close_matches(option, known, n=1)
             there = ", ".join(known) or "no options"
             hint = f"did you mean {close[0]}?" if close else f"{name} has {there}"
             raise ValueError(f"algorithm.loss_options.{option}={value}: unknown option; {hint}")
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if is_ours and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise ValueError(f"algorithm.loss_options.{option}={value!r}: must be a number")

@@ -308,7 +308,8 @@ class Coordinator:
             if skipped >= self._max_skipped_steps:
                 raise RuntimeError(
                     f"{skipped} learner steps in a row had a loss or gradient that was not finite; "
-                    "lower optimizer.learning_rate or look at the rewards"
+                    "lower optimizer.learning_rate (and critic.learning_rate, if there is a "
+                    "critic) or look at the rewards"
                 )
             with self._drawn("checkpoint and admit"):
                 await self._checkpoints.after_step(step, self.state)

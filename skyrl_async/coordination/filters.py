@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 from skyrl_async.types import AnyGroup, DroppedGroup, DropReason, TrajectoryStatus
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,11 +61,15 @@ class GroupFilter:
     def __init__(self, settings: FilterSettings) -> None:
         self._settings = settings
         self._rejected_in_a_row = 0
+        self._has_warned = False
 
     def check(self, group: AnyGroup) -> DroppedGroup | None:
         """Return the group as a dropped one if it is rejected."""
         reason = rejection(group, self._settings)
-        if reason is None or self._rejected_in_a_row >= self._settings.max_rejected_in_a_row:
+        if reason is not None and self._rejected_in_a_row >= self._settings.max_rejected_in_a_row:
+            self._warn_once(reason)
+            reason = None
+        if reason is None:
             self._rejected_in_a_row = 0
             return None
         self._rejected_in_a_row += 1
@@ -70,4 +77,15 @@ class GroupFilter:
             group_id=group.group_id,
             reason=reason,
             num_generated_tokens=group.num_generated_tokens,
+        )
+
+    def _warn_once(self, reason: DropReason) -> None:
+        if self._has_warned:
+            return
+        self._has_warned = True
+        logger.warning(
+            "filters: %d groups in a row were rejected, so one is trained that they reject as well "
+            "(%s), lest training wait for ever; filters.max_rejected_in_a_row says after how many",
+            self._rejected_in_a_row,
+            reason.value,
         )

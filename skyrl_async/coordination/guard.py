@@ -4,8 +4,8 @@
 action          what happens
 ==============  =====================================================================
 warn            a line in the log
-tighten         ``staleness.max`` is halved, down to 0
-lower the rate  the learning rate is halved
+tighten         ``staleness.max`` is halved, down to 0; passed over where it is 0
+lower the rate  the learning rates are halved
 roll back       the last good weights and optimizer come back, under a *new* policy
                 version; groups that are buffered or in flight are dropped
 ==============  =====================================================================
@@ -117,8 +117,15 @@ class CollapseGuard:
         """Steps with a sign after which a rollback has come, whatever was done before."""
         return GuardAction.ROLLBACK * self._settings.patience_steps
 
-    def observe(self, metrics: Mapping[str, float | None]) -> GuardDecision:
-        """Return what to do after a step with these metrics."""
+    def observe(
+        self, metrics: Mapping[str, float | None], *, can_tighten: bool = True
+    ) -> GuardDecision:
+        """Return what to do after a step with these metrics.
+
+        Args:
+            metrics: of the step.
+            can_tighten: whether ``staleness.max`` is above 0; otherwise that action is passed over.
+        """
         found = [*signs(metrics, self._settings), *self._reward_signs(metrics.get("reward/mean"))]
         patience = self._settings.patience_steps
         if not found:
@@ -134,6 +141,8 @@ class CollapseGuard:
             return GuardDecision()
         self._bad_steps = 0
         self._level += 1
+        if self._level == GuardAction.TIGHTEN and not can_tighten:
+            self._level += 1
         action = GuardAction(self._level)
         if action is GuardAction.ROLLBACK:
             # What made the old weights collapse would do it again: tighten and lower further.
@@ -254,7 +263,7 @@ class GuardedTraining:
 
     async def after_step(self, step: int, metrics: Mapping[str, float | None]) -> GuardOutcome:
         """Look at a finished step, and act."""
-        decision = self._guard.observe(metrics)
+        decision = self._guard.observe(metrics, can_tighten=self._groups.max_staleness > 0)
         if decision.remember:
             await self._learner.remember()
         if decision.action is None:

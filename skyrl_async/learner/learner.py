@@ -252,6 +252,7 @@ class Learner:
                 "optimizer_steps": self.trainer.optimizer_steps,
                 "rate_factor": self.trainer.rate_factor,
                 "critic_optimizer_steps": 0 if critic is None else critic.optimizer_steps,
+                "critic_rate_factor": 1.0 if critic is None else critic.rate_factor,
             },
         )
 
@@ -266,9 +267,10 @@ class Learner:
         self.trainer.rate_factor = float(counters["rate_factor"])
         if self.critic is not None:
             self.critic.trainer.optimizer_steps = int(counters["critic_optimizer_steps"])
+            self.critic.trainer.rate_factor = float(counters["critic_rate_factor"])
 
     def scale_rate(self, factor: float) -> None:
-        """Multiply the learning rate of all later steps.
+        """Multiply the learning rates of all later steps, of policy and critic.
 
         Raises:
             ValueError: if the factor is not positive.
@@ -276,6 +278,8 @@ class Learner:
         if not factor > 0:
             raise ValueError(f"the factor of the learning rate must be > 0, got {factor}")
         self.trainer.rate_factor *= factor
+        if self.critic is not None:
+            self.critic.trainer.rate_factor *= factor
 
     def _minibatches(self, batch: SampledBatch) -> list[Minibatch]:
         algorithm = self._settings.algorithm

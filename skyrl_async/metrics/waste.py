@@ -7,7 +7,7 @@ slots of the actors cost next to nothing, but what they wait for is mostly the r
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 Fractions = Mapping[str, Mapping[str, float]]
 """Role -> part -> share of the role's wall time."""
@@ -16,6 +16,13 @@ _WORK = {"learner": ("train",), "engine": ("generate",)}
 """What each role is there for."""
 
 _NEGLIGIBLE = 0.05
+
+_FILTERS = {
+    "zero_variance": "filters.zero_variance",
+    "pass_rate": "filters.max_pass_rate",
+    "truncated": "filters.max_truncated_fraction",
+}
+"""Reason of a drop -> the key that makes it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,11 +33,24 @@ class WasteFacts:
         engine_kind: ``engine.kind``; each rollout actor has an engine of its own if ``embedded``.
         staleness_max: ``staleness.max``.
         kv_after_swap: ``engine.kv_after_swap``.
+        dropped: groups of the run, by reason.
+        groups_used: groups that were trained.
     """
 
     engine_kind: str
     staleness_max: int
     kv_after_swap: str = "recompute"
+    dropped: Mapping[str, int] = field(default_factory=dict)
+    groups_used: int = 0
+
+    @property
+    def main_filter(self) -> tuple[str, str] | None:
+        """Name and key of the filter that rejects most groups, if filters reject most of all."""
+        rejected = {name: self.dropped.get(name, 0) for name in _FILTERS}
+        if sum(rejected.values()) <= self.groups_used:
+            return None
+        name = max(rejected, key=lambda name: rejected[name])
+        return name, _FILTERS[name]
 
     @property
     def more_engines(self) -> str:
@@ -122,6 +142,13 @@ _DOES = {
 
 
 def _learner_waits(fractions: Fractions, facts: WasteFacts) -> _Advice:
+    if facts.main_filter is not None:
+        reason, key = facts.main_filter
+        return _Advice(
+            f"most groups are played for nothing, as filters reject them ({reason})",
+            f"tasks that fit the policy, a larger rollout.group_size, or no {key}",
+            key,
+        )
     if facts.staleness_max == 0:
         return _synchronous()
     cause = _main_part(fractions)

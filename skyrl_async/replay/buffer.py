@@ -174,8 +174,8 @@ class ReplayBuffer:
         """Lease a full batch for the step that starts at ``train_version``.
 
         Groups that are too old for this step leave first, whether or not a batch can be made. Where
-        after :meth:`tighten` or :meth:`restore` there are more groups than the rule can train in time,
-        and nothing is in flight any more, the oldest ones leave as stale.
+        after :meth:`tighten` or :meth:`restore` there are more groups than the rule can train in
+        time, and nothing is in flight any more, the oldest ones leave as stale.
 
         Args:
             train_version: policy version from which the step will start. For a batch that is

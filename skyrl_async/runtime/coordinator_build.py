@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from skyrl_async.config import Config
 from skyrl_async.coordination.admission import Admission
 from skyrl_async.coordination.coordinator_settings import CoordinatorSettings
@@ -73,10 +76,17 @@ def coordinator_settings(config: Config) -> CoordinatorSettings:
     )
 
 
-def waste_facts(config: Config) -> WasteFacts:
-    """Return what the advice on the largest waste depends on."""
+def waste_facts(config: Config, summary: Mapping[str, Any]) -> WasteFacts:
+    """Return what the advice on the largest waste depends on.
+
+    Args:
+        config: of the run.
+        summary: with ``dropped`` and ``trajectories_trained``.
+    """
     return WasteFacts(
         engine_kind=config.engine.kind,
         staleness_max=config.staleness.max,
         kv_after_swap=config.engine.kv_after_swap,
+        dropped=summary["dropped"],
+        groups_used=summary["trajectories_trained"] // config.rollout.group_size,
     )

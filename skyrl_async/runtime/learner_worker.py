@@ -239,6 +239,10 @@ class LearnerWorker:
                 rank=self._rank,
                 num_ranks=num_ranks,
             )
+            if not self._config.guard.enabled:
+                # Without the guard, nothing but the configuration says what the rates are.
+                lowered = {name for name in counters if name.endswith("rate_factor")}
+                counters = {n: 1.0 if n in lowered else value for n, value in counters.items()}
             self._learner.restore_counters(counters)
         self._writer = StateWriter(
             rank=self._rank, num_ranks=num_ranks, timeout_s=self._config.checkpoint.timeout_s

@@ -65,6 +65,20 @@ def test_a_loss_of_ones_own_is_found_by_module_and_name(own):
     check_loss(own(returning("-lp * tokens.advantages")), {})
 
 
+def test_options_of_ones_own_loss_may_be_anything_that_it_takes(own):
+    name = own("""
+    def loss(tokens, scale=1.0, *, mode="a"):
+        assert (scale, mode) == (2.0, "b")
+        lp = tokens.current_logprobs
+        return TokenLoss(loss=-scale * lp, clipped=torch.zeros(len(lp), dtype=torch.bool))
+    """)
+    check_loss(name, {"scale": 2.0, "mode": "b"})
+    with pytest.raises(ValueError, match=r"scal=2.0: unknown option; did you mean scale\?"):
+        check_loss(name, {"scal": 2.0})
+    with pytest.raises(ValueError, match=r"no message .AssertionError"):
+        check_loss(name, {"scale": 3.0})
+
+
 @pytest.mark.parametrize(
     ("body", "says"),
     [
@@ -84,7 +98,7 @@ def test_a_loss_of_ones_own_is_found_by_module_and_name(own):
         ("raise SystemExit(3)", "cannot be imported .SystemExit: 3"),
     ],
 )
-@pytest.mark.filterwarnings("ignore:coroutine 'loss' was never awaited")
+@pytest.mark.filterwarnings("error")
 def test_what_is_no_loss_is_refused_with_the_reason(own, body, says):
     with pytest.raises(ValueError, match=f"algorithm.loss=own_loss_.*{says}"):
         check_loss(own(body), {})

@@ -42,10 +42,13 @@ def test_a_group_with_too_many_truncated_members_is_rejected():
     assert rejection(group(0.0, 1.0, truncated=1), settings) is None
 
 
-def test_after_too_many_rejections_one_group_is_kept_whatever_it_is():
+def test_after_too_many_rejections_one_group_is_kept_whatever_it_is(caplog):
     group_filter = GroupFilter(FilterSettings(zero_variance=True, max_rejected_in_a_row=3))
-    kept = [group_filter.check(group(1.0, 1.0, group_id=n)) is None for n in range(9)]
+    with caplog.at_level("WARNING"):
+        kept = [group_filter.check(group(1.0, 1.0, group_id=n)) is None for n in range(9)]
     assert kept == [False, False, False, True] * 2 + [False]
+    (warning,) = caplog.messages
+    assert "3 groups in a row were rejected" in warning and "(zero_variance)" in warning
 
 
 def test_a_rejected_group_says_what_was_lost():

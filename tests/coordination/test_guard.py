@@ -50,6 +50,13 @@ def test_actions_come_in_order_each_after_the_patience():
     ]
 
 
+def test_a_bound_of_zero_is_not_tightened():
+    guard = CollapseGuard(GuardSettings(patience_steps=1))
+    actions = [guard.observe(SICK, can_tighten=False).action for _ in range(5)]
+    warn, lower, rollback = GuardAction.WARN, GuardAction.LOWER_RATE, GuardAction.ROLLBACK
+    assert actions == [warn, lower, rollback, lower, rollback]
+
+
 @given(st.integers(1, 6))
 def test_a_rollback_comes_within_the_steps_that_are_promised(patience):
     guard = CollapseGuard(GuardSettings(patience_steps=patience))

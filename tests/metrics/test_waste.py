@@ -41,6 +41,15 @@ def test_a_learner_that_waits_for_busy_engines_wants_more_of_them():
     assert sglang.knob == "engine.num_engines"
 
 
+def test_a_learner_that_waits_while_filters_reject_most_is_told_which():
+    dropped = {"zero_variance": 3000, "pass_rate": 200, "stale": 9000}
+    found = waste(shares(learner="wait", actor="generate"), dropped=dropped, groups_used=192)
+    assert found.knob == "filters.zero_variance"
+    assert "filters reject them (zero_variance)" in found.text
+    few = waste(shares(learner="wait", actor="generate"), dropped=dropped, groups_used=3200)
+    assert few.knob == "rollout.num_actors"
+
+
 @pytest.mark.parametrize(
     ("fractions", "facts", "knob", "words"),
     [
