@@ -28,7 +28,7 @@ from typing import Any
 from report import argument_parser, commit, finish
 from run_once import run_once
 
-from skyrl_async.config_loading import PRESETS
+from skyrl_async.config_layers import PRESETS
 
 STALENESS, STEPS, SEED = 8, 200, 0
 RATES = (1e-3, 5e-4, 2.5e-4)

@@ -21,7 +21,8 @@ from skyrl_async.config_algorithm import (
     CriticSection,
     KlSection,
 )
-from skyrl_async.config_loading import PRESETS, ConfigError, load_config
+from skyrl_async.config_layers import PRESETS
+from skyrl_async.config_loading import ConfigError, load_config
 from skyrl_async.learner.algorithm_settings import (
     VALUE_ESTIMATORS,
     WEIGHTED_LOSSES,
@@ -142,6 +143,16 @@ def test_a_preset_replaces_another_and_leaves_what_was_said_besides(first):
     assert config == load_config(None, ["algorithm=gspo", "staleness.max=2"])
     kept = load_config(None, ["correction.weight_cap=7", f"algorithm={first}", "algorithm=grpo"])
     assert kept.correction.weight_cap == 7
+
+
+def test_another_loss_leaves_the_options_of_a_preset_behind_and_ones_own_in_place():
+    config = load_config(None, ["algorithm=dapo", "algorithm.loss=gspo"])
+    assert config.algorithm.loss_options == {}
+    own = "algorithm.loss_options.clip_high=0.5"
+    for overrides in (["algorithm=dapo", own, "algorithm.loss=gspo"], ["algorithm=dapo", own]):
+        assert load_config(None, overrides).algorithm.loss_options["clip_high"] == 0.5
+    same = load_config(None, ["algorithm=dapo", "algorithm.loss=ppo_clip"])
+    assert same.algorithm.loss_options == {"clip_low": 0.2, "clip_high": 0.28}
 
 
 def test_a_file_can_name_a_preset(tmp_path: Path):

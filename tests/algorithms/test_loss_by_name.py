@@ -1,5 +1,6 @@
 """Losses by name and by module, and what is refused before a run."""
 
+import re
 import textwrap
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 from skyrl_async.algorithms.catalogue import losses
 from skyrl_async.algorithms.loss_by_name import check_loss, find_loss
 
+DOCUMENT = Path(__file__).parents[2] / "docs" / "algorithms.md"
 HEAD = """
 import torch
 from skyrl_async.algorithms.tokens import TokenLoss
@@ -63,6 +65,11 @@ def test_what_no_loss_can_take_is_refused_under_the_name_of_the_key(name, option
 def test_a_loss_of_ones_own_is_found_by_module_and_name(own):
     assert find_loss("skyrl_async.algorithms.policy_losses:sapo") is losses()["sapo"]
     check_loss(own(returning("-lp * tokens.advantages")), {})
+
+
+def test_the_example_of_the_documents_is_a_loss(own):
+    (example,) = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)
+    check_loss(own(example.replace("shrunk", "loss")), {"scale": 0.5})
 
 
 def test_options_of_ones_own_loss_may_be_anything_that_it_takes(own):
