@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -25,6 +26,8 @@ from skyrl_async.types import (
     SampledBatch,
     StepResult,
 )
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +84,7 @@ class RunMetrics:
         self._staleness_max = 0
         self._steps = 0
         self._skipped_steps = 0
+        self._has_warned = False
         self._parts = PartTotals()
         self._swap_owed_s = 0.0
         if state:
@@ -185,6 +189,7 @@ class RunMetrics:
         if result.skipped:
             self._skipped_steps += 1
         else:
+            self._look_for_loss_tokens(progress.step, result)
             trained = sum(result.staleness_counts.values())
             self._trajectories_trained += sum(
                 trajectory.max_policy_version >= sampled.min_trainable_version
@@ -221,6 +226,16 @@ class RunMetrics:
         if reward is not None:
             self._reward_means.append(reward)
         return written
+
+    def _look_for_loss_tokens(self, step: int, result: StepResult) -> None:
+        if result.metrics.get("learner/loss_tokens") != 0 or self._has_warned:
+            return
+        self._has_warned = True
+        logger.warning(
+            "step %d trained on no token: masks reject all of them; widen the limits of "
+            "correction.*, or see algorithm.mask_truncated (offpolicy/masked_fraction, each step)",
+            step,
+        )
 
     @property
     def steps(self) -> int:

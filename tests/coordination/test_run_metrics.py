@@ -234,3 +234,13 @@ def test_swaps_of_servers_are_taken_from_the_time_in_which_clients_saw_them_busy
     parts = {part: row[f"idle/engine/{part}_fraction"] for part in ("generate", "swap", "idle")}
     assert parts == pytest.approx({"generate": 9.5 / 20, "swap": 2 / 20, "idle": 8.5 / 20})
     assert row["sync/stall_s"] == 4.0
+
+
+def test_a_step_whose_tokens_are_all_masked_is_told_once(world, caplog):
+    with caplog.at_level("WARNING"):
+        world.step(group(1.0), metrics={"learner/loss_tokens": 5.0})
+        assert not caplog.messages
+        for _ in range(2):
+            world.step(group(1.0), metrics={"learner/loss_tokens": 0.0})
+    (message,) = caplog.messages
+    assert message.startswith("step 2 trained on no token: masks reject all of them")
