@@ -86,6 +86,7 @@ def test_a_worker_that_dies_ends_the_run_with_its_name(tmp_path: Path, class_nam
     wait_until(lambda: not ray_processes(folder), timeout_s=10, what="all processes ended")
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_within_five_seconds_and_leaves_no_process(tmp_path: Path):
     folder = tmp_path / "run"
     process = start_marked(folder, "run.steps=100000")
