@@ -22,6 +22,7 @@ from skyrl_async.config_algorithm import (
 )
 from skyrl_async.config_distillation import DistillationSection, distillation_problems
 from skyrl_async.config_engine import EngineSection, engine_problems
+from skyrl_async.config_inert import inert_problems
 from skyrl_async.config_lab import LabSection, lab_problems
 from skyrl_async.config_learner import LearnerSection, learner_problems
 from skyrl_async.config_logging import LoggingSection
@@ -283,6 +284,7 @@ class Config(Section):
                 self.distillation,
                 algorithm=self.algorithm,
                 correction=self.correction,
+                kl=self.kl,
                 critic=self.critic,
                 filters=self.filters,
             ),
@@ -292,8 +294,16 @@ class Config(Section):
                 correction=self.correction,
                 kl=self.kl,
                 critic=self.critic,
+                filters=self.filters,
                 max_staleness=self.staleness.max,
                 context_length=self.engine.context_length,
+            ),
+            *inert_problems(
+                self.algorithm,
+                correction=self.correction,
+                kl=self.kl,
+                critic=self.critic,
+                filters=self.filters,
             ),
         )
         if problems:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field
 
-from skyrl_async.config_section import Section
+from skyrl_async.config_section import Because, Section, show
 
 Advantage = Literal[
     "grpo",
@@ -32,6 +32,19 @@ Advantage = Literal[
 ]
 
 WeightKind = Literal["none", "token", "sequence", "geometric"]
+
+_ZERO = Because("a limit of 0 would reject nothing")
+_HIGH = Because("a higher limit would reject nothing")
+
+LowestRatio = Annotated[float | None, Field(gt=0, le=1), _ZERO]
+HighestRatio = Annotated[float | None, Field(ge=1, le=1e4), _HIGH]
+LargestDrift = Annotated[float | None, Field(gt=0, le=100), _HIGH]
+"""In nats or their square."""
+
+Cap = Annotated[float, Field(gt=0, le=1e30)]
+"""Of numbers in float32."""
+
+Coefficient = Annotated[float, Field(ge=0, le=1e6)]
 
 GROUP_ESTIMATORS = (
     *("grpo", "mean_centered", "rloo", "max_rl", "optimal_off_policy_baseline"),
@@ -68,9 +81,9 @@ class AlgorithmSection(Section):
     """Lambda of the estimators with a critic."""
     length_adaptive_alpha: float = Field(default=0.05, gt=0)
     """In length_adaptive_gae, lambda is 1 - 1 / (alpha * length)."""
-    vtrace_rho_cap: float = Field(default=1.0, gt=0)
+    vtrace_rho_cap: Cap = 1.0
     """Truncation of the importance weight of a temporal difference."""
-    vtrace_c_cap: float = Field(default=1.0, gt=0)
+    vtrace_c_cap: Cap = 1.0
     """Truncation of the importance weight of a trace."""
     whiten_advantages: bool = False
     """Scale advantages to mean 0 and standard deviation 1 over each minibatch."""
@@ -88,9 +101,9 @@ class AlgorithmSection(Section):
     """What counts equally in the loss; constant divides each sequence by aggregation_length."""
     aggregation_length: int | None = Field(default=None, ge=1)
     """Tokens that aggregation=constant divides by."""
-    entropy_coefficient: float = Field(default=0.01, ge=0)
+    entropy_coefficient: Coefficient = 0.01
     """Weight of the entropy bonus."""
-    squared_log_ratio_coefficient: float = Field(default=0.0, ge=0)
+    squared_log_ratio_coefficient: Coefficient = 0.0
     """Weight of each token's squared log ratio to the policy that sampled it; 0.001 is common."""
     scale_rate_by_ess: bool = False
     """Multiply the learning rate by the root of the effective sample fraction of a minibatch."""
@@ -98,38 +111,45 @@ class AlgorithmSection(Section):
     """Train stale tokens without any off-policy correction, for comparison."""
 
 
+_FROM_ABOVE = (
+    *("token_high", "sequence_high", "geometric_high"),
+    *("k2_limit", "k3_limit", "m2_limit"),
+)
+"""Masks that bound ratios from above; a lower limit alone leaves the largest in the loss."""
+
+
 class CorrectionSection(Section):
     """What is done about tokens that another policy sampled: importance weights and masks."""
 
     weight: Literal["auto", WeightKind] = "auto"
     """exp(proximal - behavior) per token or sequence; auto: token, none if the loss has its own."""
-    weight_cap: float = Field(default=2.0, ge=1)
+    weight_cap: float = Field(default=2.0, ge=1, le=1e30)
     """Importance weights are truncated here."""
     normalize: bool = False
     """Divide importance weights by their mean over the minibatch."""
-    token_low: float | None = Field(default=None, ge=0, le=1)
+    token_low: LowestRatio = None
     """Tokens with a smaller ratio leave the loss."""
-    token_high: float | None = Field(default=None, ge=1)
+    token_high: HighestRatio = None
     """Tokens with a larger ratio leave the loss."""
-    sequence_low: float | None = Field(default=None, ge=0, le=1)
+    sequence_low: LowestRatio = None
     """Sequences with a smaller product of ratios leave the loss."""
-    sequence_high: float | None = Field(default=None, ge=1)
+    sequence_high: HighestRatio = None
     """Sequences with a larger product of ratios leave the loss."""
-    geometric_low: float | None = Field(default=None, ge=0, le=1)
+    geometric_low: LowestRatio = None
     """Sequences with a smaller geometric mean of ratios leave the loss."""
-    geometric_high: float | None = Field(default=None, ge=1)
+    geometric_high: HighestRatio = None
     """Sequences with a larger geometric mean of ratios leave the loss."""
     veto_below: float | None = Field(default=None, gt=0, lt=1)
     """A token with a smaller ratio takes its whole sequence out of the loss."""
-    k2_limit: float | None = Field(default=None, gt=0)
+    k2_limit: LargestDrift = None
     """Largest half squared log ratio."""
-    k3_limit: float | None = Field(default=None, gt=0)
+    k3_limit: LargestDrift = None
     """Largest K3 divergence."""
     k_level: Literal["token", "sequence_mean", "sequence_sum", "sequence_max"] = "token"
     """What k2_limit and k3_limit judge."""
-    opsm_delta: float | None = Field(default=None, ge=0)
+    opsm_delta: Annotated[float | None, Field(ge=0, le=100), _HIGH] = None
     """Sequences of negative advantage that drifted by more nats per token leave the loss."""
-    m2_limit: float | None = Field(default=None, gt=0)
+    m2_limit: LargestDrift = None
     """Largest second moment of the log ratios of a minibatch; the largest leave the loss."""
 
     @property
@@ -142,16 +162,26 @@ class CorrectionSection(Section):
         )
         return tuple(name for name in names if getattr(self, name) is not None)
 
+    @property
+    def bounds_ratios(self) -> bool:
+        """Whether a mask rejects what is too far above the policy that sampled it."""
+        return any(name in _FROM_ABOVE for name in self.masks)
+
 
 class KlSection(Section):
     """The penalty for leaving the reference policy, which is the initial one."""
 
-    coefficient: float = Field(default=0.0, ge=0)
+    coefficient: Coefficient = 0.0
     """Weight; 0 for no penalty and no reference policy in memory."""
     estimator: Literal["auto", "k1", "k2", "k3", "unbiased_k3"] = "auto"
     """Of the divergence, per token; auto: k3 in the loss, k1 in the reward."""
     placement: Literal["loss", "reward"] = "loss"
     """Added to the loss of the tokens that no mask rejects, or taken off the rewards of all."""
+
+    @property
+    def in_reward(self) -> bool:
+        """Whether the rewards are lowered."""
+        return self.coefficient > 0 and self.placement == "reward"
 
 
 class CriticSection(Section):
@@ -159,11 +189,11 @@ class CriticSection(Section):
 
     kind: Literal["none", "head", "model"] = "none"
     """head: a linear layer on the policy's hidden states; model: a decoder of its own."""
-    learning_rate: float = Field(default=2e-3, gt=0)
+    learning_rate: float = Field(default=2e-3, gt=0, le=1e6)
     """Of its own AdamW."""
     updates: int = Field(default=1, ge=1)
     """Critic updates for each update of the policy."""
-    clip: float | None = Field(default=0.2, gt=0)
+    clip: float | None = Field(default=0.2, gt=0, le=1e30)
     """Values move at most so far in one step; null for no limit."""
     bootstrap_truncated: bool = False
     """Value what a limit cut off at its last token, instead of counting it as ended."""
@@ -215,6 +245,7 @@ def algorithm_problems(
     correction: CorrectionSection,
     kl: KlSection,
     critic: CriticSection,
+    filters: FiltersSection,
     max_staleness: int,
     context_length: int,
 ) -> Iterator[str]:
@@ -226,13 +257,20 @@ def algorithm_problems(
             "compares the members of a group; set rollout.group_size to 2 or more, or "
             "algorithm.advantage=global_baseline"
         )
+    if group_size < 2 and filters.zero_variance:
+        yield (
+            f"rollout.group_size={group_size}, filters.zero_variance=true: all rewards of a group "
+            f"of one are the same, so {filters.max_rejected_in_a_row} of "
+            f"{filters.max_rejected_in_a_row + 1} groups would be thrown away; set "
+            "rollout.group_size to 2 or more, or filters.zero_variance=false"
+        )
     yield from _critic_problems(algorithm, critic)
     yield from _proximal_problems(algorithm, correction, kl, critic)
     if (algorithm.aggregation == "constant") != (algorithm.aggregation_length is not None):
         yield (
             f"algorithm.aggregation={algorithm.aggregation}, "
-            f"algorithm.aggregation_length={algorithm.aggregation_length}: constant, and only "
-            "constant, divides by a length; set both or neither"
+            f"algorithm.aggregation_length={show(algorithm.aggregation_length)}: constant, and "
+            "only constant, divides by a length; set both or neither"
         )
     if algorithm.overlong_buffer_tokens >= context_length:
         yield (
@@ -260,8 +298,11 @@ def _loss_problems(
     known = (*PROXIMAL_LOSSES, *BEHAVIOR_LOSSES)
     if loss not in known and ":" not in loss:
         close = difflib.get_close_matches(loss.lower(), known, n=1, cutoff=0.4)
-        hint = f"did you mean {close[0]}?" if close else f"one of {', '.join(known)}"
-        yield f"algorithm.loss={loss}: no such loss; {hint} Your own is module:function"
+        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}."
+        yield (
+            f"algorithm.loss={loss}: no such loss; {hint} A loss of your own is given as "
+            "module:function"
+        )
         return
     if loss in BEHAVIOR_LOSSES and weight != "none":
         yield (
@@ -273,13 +314,19 @@ def _loss_problems(
     else:
         # Without another weight, its advantages carry their own.
         own = algorithm.advantage == "vtrace"
-    corrected = weight != "none" or bool(correction.masks) or own
+    corrected = weight != "none" or correction.bounds_ratios or own
     if not corrected and max_staleness and not algorithm.allow_uncorrected:
+        masks = "".join(
+            f"correction.{name}={show(getattr(correction, name))}, " for name in correction.masks
+        )
+        but = "; such a mask alone leaves the largest ratios in the loss" if masks else ""
         yield (
-            f"algorithm.loss={loss}, correction.weight={weight}, staleness.max={max_staleness}: "
-            "stale tokens would be trained without any off-policy correction; set "
-            "correction.weight=auto with a proximal loss such as ppo_clip, a corrected loss such "
-            "as m2po, staleness.max=0, or algorithm.allow_uncorrected=true for a comparison"
+            f"algorithm.loss={loss}, correction.weight={weight}, {masks}"
+            f"staleness.max={max_staleness}: stale tokens would be trained without any off-policy "
+            f"correction{but}; set correction.weight=auto with a proximal loss such as ppo_clip, a "
+            "corrected loss such as m2po, a mask that bounds ratios from above such as "
+            "correction.token_high, staleness.max=0, or algorithm.allow_uncorrected=true for a "
+            "comparison"
         )
     if algorithm.scale_rate_by_ess and weight == "none":
         yield (
@@ -323,7 +370,7 @@ def _proximal_problems(
         before.append("correction.normalize=true")
     if critic.kind != "none":
         before.append(f"critic.kind={critic.kind}")
-    if kl.coefficient and kl.placement == "reward":
+    if kl.in_reward:
         before.append("kl.placement=reward")
     if algorithm.scale_rate_by_ess:
         before.append("algorithm.scale_rate_by_ess=true")

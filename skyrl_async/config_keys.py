@@ -11,7 +11,7 @@ import annotated_types
 from pydantic.fields import FieldInfo
 
 from skyrl_async.config import Config
-from skyrl_async.config_section import Section
+from skyrl_async.config_section import Because, Section, show
 
 FREE_KEYS = ("environment.options", "algorithm.loss_options", "optimizer.groups")
 """Keys whose mappings have keys of their own, such as those of the environment and of the loss."""
@@ -86,14 +86,20 @@ def limit(field: FieldInfo) -> str:
         return "a list of texts"
     kinds = get_args(field.annotation) or (field.annotation,)
     first, *others = (_TYPE_NAMES[kind] for kind in kinds)
-    bounds = []
+    if float in kinds and not any(hasattr(e, "le") or hasattr(e, "lt") for e in field.metadata):
+        first = "a finite number"
+    text = " or ".join([" ".join([first, " and ".join(_bounds(field))]).strip(), *others])
+    reasons = [entry.reason for entry in field.metadata if isinstance(entry, Because)]
+    return "; ".join([text, *reasons])
+
+
+def _bounds(field: FieldInfo) -> Iterator[str]:
     for entry in field.metadata:
         if type(entry) in _BOUNDS:
             attribute, sign = _BOUNDS[type(entry)]
-            bounds.append(f"{sign} {getattr(entry, attribute)}")
+            yield f"{sign} {show(getattr(entry, attribute))}"
         elif getattr(entry, "pattern", None):
-            bounds.append(f"of the form {entry.pattern}")
-    return " or ".join([" ".join([first, " and ".join(bounds)]).strip(), *others])
+            yield f"of the form {entry.pattern}"
 
 
 def default_of(field: FieldInfo) -> Any:
@@ -142,16 +148,3 @@ def describe_config() -> str:
             lines.append(f"  {path}={show(default_of(field))}  ({limit(field)})")
             lines.append(f"      {field.description}")
     return "\n".join(lines)
-
-
-def show(value: Any) -> str:
-    """Return a value as it would be written on the command line."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, float):
-        return f"{value:g}" if float(f"{value:g}") == value else repr(value)
-    if isinstance(value, tuple):
-        return repr(list(value))
-    return value if isinstance(value, str) else repr(value)

@@ -35,7 +35,6 @@ SET_ASIDE = "set_aside"
 
 _RUN_FILES = ("summary.json", "metrics.jsonl", "policy")
 _ENDS = ("summary.json", "report.html", "policy", "policy.partial")
-_SUBFOLDERS = ("tensorboard", CHECKPOINTS)
 _WEIGHTS = "weights"
 """Versions on their way to engines; those of a dead run must not be loaded."""
 _MAX_SAME_SECOND = 1000
@@ -105,8 +104,9 @@ class RunFolder:
             else:
                 _refuse_finished(path)
                 resume, aside = _go_on_with(elsewhere, path), None
-            for name in _SUBFOLDERS:
-                (path / name).mkdir(exist_ok=True)
+            (path / CHECKPOINTS).mkdir(exist_ok=True)
+            if config.logging.tensorboard:
+                (path / "tensorboard").mkdir(exist_ok=True)
             write_atomically(path / "config.yaml", dump_config(config))
             folder = cls(path, lock=lock, resume=resume)
             if config.run.resume != "never":

@@ -33,6 +33,9 @@ def test_reference_text_names_every_key_with_default_and_limit():
     assert "  runtime=ray  (one of ray, local)" in text
     assert "  run.dir=null  (text or null)" in text
     assert "  optimizer.beta1=0.9  (a number >= 0 and < 1)" in text
+    assert "  optimizer.eps=1e-08  (a finite number > 0)" in text
+    high = "(a number >= 1 and <= 10000 or null; a higher limit would reject nothing)"
+    assert f"  correction.token_high=null  {high}" in text
     for path, field in KEYS.items():
         assert f"  {path}=" in text
         assert f"({limit(field)})" in text

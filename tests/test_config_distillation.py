@@ -37,16 +37,35 @@ def test_every_key_arrives():
     ("overrides", "says"),
     [
         (["distillation.coefficient=2"], "there is no teacher; set distillation.teacher"),
+        (["distillation.max_log_ratio=null"], "distillation.max_log_ratio=null: there is no"),
         (["distillation.teacher=a", "algorithm.proximal=interpolated"], "recomputed"),
         (["distillation.teacher=a", "correction.opsm_delta=0.1"], "remove correction.opsm_delta"),
         (["distillation.teacher=a", "correction.m2_limit=0.1"], "remove correction.m2_limit"),
-        (["distillation.teacher=a", "algorithm.loss=m2po"], "remove algorithm.loss"),
+        (["distillation.teacher=a", "algorithm.loss=m2po"], "set another loss, such as"),
         (
             ["distillation.teacher=a", "algorithm.advantage=gae", "critic.kind=head"],
             "critic.kind=head, distillation.reward_weight=0",
         ),
         (["distillation.teacher=a", "filters.zero_variance=true"], "filters.zero_variance=true"),
         (["distillation.teacher=a", "filters.max_pass_rate=0.9"], "filters.max_pass_rate=0.9"),
+        (
+            ["distillation.teacher=a", "kl.coefficient=0.1", "kl.placement=reward"],
+            "set kl.placement=loss or distillation.reward_weight above 0",
+        ),
+        (
+            ["distillation.teacher=a", "algorithm.overlong_buffer_tokens=8"],
+            "algorithm.overlong_buffer_tokens=8, distillation.reward_weight=0",
+        ),
+        (
+            ["distillation.teacher=a", "algorithm.whiten_advantages=true"],
+            "algorithm.whiten_advantages=true, distillation.reward_weight=0",
+        ),
+        (
+            ["distillation.teacher=a", "algorithm.advantage=optimal_off_policy_baseline"],
+            "set algorithm.advantage=mean_centered or distillation.reward_weight above 0",
+        ),
+        (["distillation.coefficient=1e300"], "must be a number > 0 and <= 1e+06"),
+        (["distillation.max_log_ratio=1e300"], "must be a number > 0 and <= 1e+30 or null"),
     ],
 )
 def test_what_cannot_work_is_refused(overrides, says):
@@ -62,8 +81,14 @@ def test_with_rewards_filters_and_critics_are_allowed():
         [
             *("distillation.teacher=a", "distillation.reward_weight=1"),
             *("algorithm.advantage=gae", "critic.kind=head", "filters.zero_variance=true"),
+            *("kl.coefficient=0.1", "kl.placement=reward", "algorithm.whiten_advantages=true"),
+            "algorithm.overlong_buffer_tokens=8",
         ],
     )
+
+
+def test_a_divergence_in_the_loss_is_allowed_without_rewards():
+    load_config(None, ["distillation.teacher=a", "kl.coefficient=0.1"])
 
 
 def test_a_teacher_is_looked_at_before_a_run(tmp_path):

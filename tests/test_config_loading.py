@@ -39,8 +39,8 @@ def all_typos() -> list[tuple[str, str]]:
 def test_every_typo_of_a_key_is_refused_and_the_right_key_suggested():
     typos = all_typos()
     assert len(typos) >= 100
-    for typo, key in typos:
-        problem = only_problem(f"{typo}=1")
+    problems = problems_of(*(f"{typo}=1" for typo, _ in typos))
+    for (typo, key), problem in zip(typos, problems, strict=True):
         assert problem.startswith(f"{typo}=1 (command line): "), problem
         assert key in problem.partition("did you mean ")[2], (typo, key, problem)
 
@@ -147,10 +147,12 @@ def test_names_on_the_command_line_need_no_quotes():
         ("learner.groups_per_step=-4", "must be an integer >= 1; the default is 16"),
         ("engine.max_concurrent=0", "must be an integer >= 1; the default is 256"),
         ("replay.capacity_bytes=-1", "must be an integer >= 1"),
-        ("optimizer.learning_rate=fast", "must be a number > 0; the default is 0.002"),
-        ("optimizer.learning_rate=.nan", "must be a number > 0"),
-        ("optimizer.eps=.inf", "must be a number > 0"),
-        ("optimizer.eps=true", "must be a number > 0"),
+        ("optimizer.learning_rate=fast", "must be a finite number > 0; the default is 0.002"),
+        ("optimizer.learning_rate=.nan", "must be a finite number > 0"),
+        ("optimizer.eps=.inf", "must be a finite number > 0"),
+        ("optimizer.eps=true", "must be a finite number > 0"),
+        ("run.stop_at_eval_reward=.inf", "must be a finite number or null"),
+        ("kl.coefficient=.inf", "must be a number >= 0 and <= 1e+06; the default is 0"),
         ("optimizer.beta1=1", "must be a number >= 0 and < 1; the default is 0.9"),
         ("logging.tensorboard=yes", "must be true or false; the default is true"),
         ("logging.tensorboard=1", "must be true or false"),

@@ -16,7 +16,7 @@ COMPONENTS = (
 )
 ALONE = ("types", "config", "metrics.values")
 CONFIG_PARTS = {
-    *("config_section", "config_algorithm", "config_distillation", "config_engine"),
+    *("config_section", "config_algorithm", "config_distillation", "config_engine", "config_inert"),
     *("config_lab", "config_logging", "config_lora", "config_learner", "config_optimizer"),
     "config_sft",
     *("config_simulate", "distribution"),
