@@ -66,8 +66,10 @@ def test_a_run_leaves_what_it_promises(tmp_path: Path):
     rows = metrics_of(folder)
     assert [row["step"] for row in rows] == [1, 2, 3]
     for role in ("learner", "engine", "actor"):
-        shares = [v for k, v in rows[1].items() if k.startswith(f"idle/{role}/")]
-        assert sum(shares) == pytest.approx(1, abs=1e-6), role
+        of_steps = [[v for k, v in row.items() if k.startswith(f"idle/{role}/")] for row in rows]
+        # A step may end before the next report of a worker.
+        shares = [sum(parts) for parts in of_steps[1:] if parts]
+        assert shares and shares == pytest.approx([1] * len(shares), abs=1e-6), role
     for name in (
         *("policy_version", "live_version", "optimizer_steps", "time_s", "reward/mean"),
         *("reward/std", "reward/trained_mean", "staleness/mean", "staleness/p95", "staleness/max"),
