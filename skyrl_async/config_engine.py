@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from skyrl_async.config_section import Section, Texts
+from skyrl_async.config_section import Section, Texts, show
 
 
 class EngineSection(Section):
@@ -72,7 +72,7 @@ def engine_problems(engine: EngineSection, *, runtime: str, transport: str) -> I
         return
     if bool(engine.urls) == (engine.python is not None):
         yield (
-            f"engine.urls={list(engine.urls)}, engine.python={engine.python}: "
+            f"engine.urls={list(engine.urls)}, engine.python={show(engine.python)}: "
             "engine.kind=sglang needs one of them: servers that run already, or the "
             "interpreter of an environment with SGLang (launchers/sglang_cpu/install.sh "
             "makes one)"
