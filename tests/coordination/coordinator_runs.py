@@ -22,7 +22,7 @@ from skyrl_async.coordination.guard import CollapseGuard, GuardSettings
 from skyrl_async.coordination.ledger import GroupLedger
 from skyrl_async.coordination.run_metrics import RunMetrics
 from skyrl_async.coordination.run_state import RunState
-from skyrl_async.coordination.staleness import StalenessRule
+from skyrl_async.coordination.staleness import RuleName, StalenessRule
 from skyrl_async.environments.tasks import TaskSource, heldout_tasks
 from skyrl_async.metrics.recorder import Recorder
 from skyrl_async.metrics.trace import NULL_TRACER, Tracing
@@ -59,6 +59,7 @@ class Run:
 def make_run(
     *,
     bound: int = 2,
+    rule: RuleName = "mask",
     steps: int = 3,
     workers: Sequence[dict[str, Any]] = ({}, {}),
     learner: dict[str, Any] | None = None,
@@ -78,9 +79,9 @@ def make_run(
     fake_learner = FakeLearner(
         fakes, events, groups_per_step=BATCH, max_staleness=bound, **(learner or {})
     )
-    rule = StalenessRule(name="mask", max_staleness=bound, groups_per_step=BATCH)
+    staleness = StalenessRule(name=rule, max_staleness=bound, groups_per_step=BATCH)
     ledger = GroupLedger(
-        rule=rule,
+        rule=staleness,
         admission=Admission(
             groups_per_step=BATCH,
             max_staleness=bound,
@@ -90,7 +91,7 @@ def make_run(
         ),
         buffer=ReplayBuffer(
             groups_per_step=BATCH,
-            rule=rule,
+            rule=staleness,
         ),
         state=start.ledger_state() if start else None,
     )

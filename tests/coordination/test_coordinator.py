@@ -230,6 +230,24 @@ def test_the_guard_acts_in_order_and_a_rollback_makes_a_new_version_without_old_
     assert dropped_groups[DropReason.ROLLBACK] >= 1
 
 
+@pytest.mark.parametrize("bound", [2, 4, 8])
+@pytest.mark.parametrize("rule", ["mask", "drop", "pace"])
+def test_a_run_goes_on_after_the_guard_has_lowered_its_bound(rule, bound):
+    """Groups that were admitted for the larger one must not stop it."""
+    sick = {"offpolicy/kl_behavior": 5.0}
+    run = make_run(
+        steps=20,
+        bound=bound,
+        rule=rule,
+        guard=GuardSettings(patience_steps=1, max_reward_drop=None),
+        learner={"report": lambda step: sick if step <= 16 else {}},
+        stall_timeout_s=5.0,
+    )
+    go(run)
+    assert run.learner.steps == 20
+    assert run.ledger.max_staleness < bound
+
+
 def test_the_timeline_says_what_training_waits_for(tmp_path):
     tracer = open_tracer(tmp_path, process="coordinator")
 
