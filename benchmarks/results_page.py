@@ -44,6 +44,13 @@ def _reached(row: Mapping[str, Any]) -> str:
     return f"{row['reward']:.2f} after {row['steps']} steps"
 
 
+def _hard_form(row: Mapping[str, Any]) -> str:
+    reward, seconds = row["eval_reward_final"], row["seconds_to_reward"]
+    if seconds is None:
+        return f"{reward:.2f} in the end, 0.95 not reached"
+    return f"{reward:.2f} after {seconds:.0f} s"
+
+
 def _joined(values: list[Any], digits: int = 0) -> str:
     return ", ".join(f"{value:.{digits}f}" for value in values)
 
@@ -78,10 +85,7 @@ CLAIMS = (
     Claim(
         text="Hard form of the default game (1 to 15, four guesses)",
         source="default_run",
-        figure=lambda r: (
-            f"{r['rows']['hard form']['eval_reward_final']:.2f} after "
-            f"{r['rows']['hard form']['seconds_to_reward']:.0f} s"
-        ),
+        figure=lambda r: _hard_form(r["rows"]["hard form"]),
     ),
     Claim(
         text="Asynchronous over synchronous training, tools of 50 ms: trained trajectories/s",
