@@ -55,7 +55,7 @@ def test_largest_group_follows_from_group_size_and_context():
 @pytest.mark.parametrize(
     ("values", "parts"),
     [
-        ({"engine": {"kind": "sglang"}}, ["engine.urls=[]", "engine.python=None", "one of them"]),
+        ({"engine": {"kind": "sglang"}}, ["engine.urls=[]", "engine.python=null", "one of them"]),
         (
             {"engine": {"kind": "sglang", "python": "p", "urls": ["http://a:1"]}},
             ["engine.urls=['http://a:1']", "engine.python=p", "one of them"],
