@@ -80,7 +80,7 @@ def test_a_frozen_engine_is_suspected_and_its_requests_go_on_elsewhere():
 
 def test_an_engine_that_leaves_gives_its_tokens_to_the_next():
     async def scenario():
-        async with servers(2) as members, pool_of(members[0]) as pool:
+        async with servers(2) as members, pool_of(members[0], stall_timeout_s=10) as pool:
             members[0].script.append([Fault(12, "stall")])
             task = asyncio.create_task(ask(pool))
             await members[0].stalled.wait()
