@@ -93,8 +93,10 @@ class Coordinator:
         start: RunState | None = None,
     ) -> None:
         self._start = start or RunState()
-        self._guarded = None
+        self._guarded, self._max_skipped_steps = None, MAX_SKIPPED_STEPS
         if guard is not None:
+            # The guard has its turn before the run ends.
+            self._max_skipped_steps += guard.steps_to_rollback
             self._guarded = GuardedTraining(
                 guard, groups=groups, learner=learner, max_staleness=self._start.max_staleness
             )
@@ -320,12 +322,6 @@ class Coordinator:
             if not self._stopping:
                 await self._evaluate_at_the_end()
             await self._checkpoints.join()
-
-    @property
-    def _max_skipped_steps(self) -> int:
-        """The guard has its turn before the run ends."""
-        guarded = self._guarded
-        return MAX_SKIPPED_STEPS + (0 if guarded is None else guarded.steps_to_rollback)
 
     def _drawn(self, name: str, args: Args | None = None) -> AbstractContextManager[None]:
         return drawn(self._lane, name, clock=self._clock, args=args)

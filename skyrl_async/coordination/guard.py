@@ -248,11 +248,6 @@ class GuardedTraining:
         if max_staleness is not None and max_staleness < groups.max_staleness:
             groups.tighten(max_staleness)
 
-    @property
-    def steps_to_rollback(self) -> int:
-        """See :attr:`CollapseGuard.steps_to_rollback`."""
-        return self._guard.steps_to_rollback
-
     async def start(self) -> None:
         """Keep the initial weights, to which a rollback can always go."""
         await self._learner.remember()

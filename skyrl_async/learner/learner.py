@@ -267,7 +267,7 @@ class Learner:
         self.trainer.rate_factor = float(counters["rate_factor"])
         if self.critic is not None:
             self.critic.trainer.optimizer_steps = int(counters["critic_optimizer_steps"])
-            self.critic.trainer.rate_factor = float(counters["critic_rate_factor"])
+            self.critic.trainer.rate_factor = float(counters.get("critic_rate_factor", 1.0))
 
     def scale_rate(self, factor: float) -> None:
         """Multiply the learning rates of all later steps, of policy and critic.
