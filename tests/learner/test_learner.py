@@ -1,6 +1,5 @@
 import copy
 import math
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,15 +8,12 @@ import torch
 import torch.multiprocessing as mp
 from torch.distributed.tensor import DTensor
 
-from skyrl_async.algorithms.advantages import estimate
 from skyrl_async.algorithms.composition import CorrectionSettings
 from skyrl_async.learner.algorithm_settings import AlgorithmSettings, KlSettings
 from skyrl_async.learner.critic import CriticSettings
 from skyrl_async.learner.learner import Learner, LearnerSettings
-from skyrl_async.learner.off_policy_baseline import with_off_policy_baseline
 from skyrl_async.learner.optimizer import OptimizerSettings
 from skyrl_async.learner.rank_group import RankGroup
-from skyrl_async.learner.sequences import make_sequences
 from skyrl_async.learner.tiny_policy import build_tiny_model
 from skyrl_async.types import SampledBatch, SampledGroup, TrajectoryGroup
 from tests.records import make_trajectory, make_turn, random_batch
@@ -339,30 +335,3 @@ def test_a_divergence_from_the_reference_is_measured_and_held_back():
     assert distance(held) < distance(free)
     with pytest.raises(ValueError, match="needs a reference policy"):
         small_learner(algorithm=algorithm)
-
-
-def test_the_off_policy_baseline_uses_the_gradient_norm_of_every_trajectory():
-    """Against the literal sum over the members of a group, each differentiated alone."""
-    batch = random_batch(3, train_version=0, num_groups=2, group_size=3)
-    model = build_tiny_model(hidden_size=16, num_heads=2).double()
-    sequences = make_sequences(batch.groups, advantage=partial(estimate, "mean_centered"))
-    found = with_off_policy_baseline(sequences, model, ranks=RankGroup(), weight_cap=3.0)
-    for sampled in batch.groups:
-        members = sampled.group.trajectories
-        shares = []
-        for trajectory in members:
-            model.zero_grad()
-            ids = torch.from_numpy(trajectory.token_ids.astype(np.int64))
-            logprobs = model(input_ids=ids[None]).logits[0].log_softmax(-1)
-            where = np.flatnonzero(trajectory.sampled)
-            total = sum(logprobs[t - 1, ids[t]] for t in where)
-            total.backward()
-            norm = sum(p.grad.square().sum().item() for p in model.parameters())
-            weight = min(math.exp(total.item() - trajectory.behavior_logprobs[where].sum()), 3.0)
-            shares.append(weight**2 * norm)
-        baseline = sum(s * t.reward for s, t in zip(shares, members, strict=True)) / sum(shares)
-        own = [s for s in found if s.group_id == sampled.group.group_id]
-        for sequence, trajectory in zip(own, members, strict=True):
-            expected = trajectory.reward - baseline
-            assert sequence.advantages[sequence.loss_mask] == pytest.approx(expected, abs=1e-4)
-            assert not sequence.advantages[~sequence.loss_mask].any()

@@ -31,24 +31,40 @@ def weight_and_norm(model, sequence: TrainSequence) -> tuple[float, float]:
     return math.exp(total.item() - behavior), norm
 
 
-@pytest.mark.parametrize("cap", [1.0, 2.0])
-def test_a_product_of_ratios_far_beyond_the_cap_weighs_no_more_than_the_cap(cap):
-    groups = random_batch(3, train_version=0, num_groups=2, group_size=4).groups
+def scene(*, members: int) -> list[TrainSequence]:
+    groups = random_batch(3, train_version=0, num_groups=2, group_size=members).groups
     sequences = make_sequences(groups, advantage=partial(estimate, "mean_centered"))
-    # In each group, one trajectory that the present policy finds far likelier.
-    for number in (1, 6):
-        unlikely = sequences[number].behavior_logprobs - 9.0 * sequences[number].loss_mask
-        sequences[number] = replace(sequences[number], behavior_logprobs=unlikely)
-    sequences = [replace(s, reward=float(number % 3)) for number, s in enumerate(sequences)]
+    return [replace(s, reward=float(number % 3)) for number, s in enumerate(sequences)]
+
+
+def check(sequences: list[TrainSequence], *, cap: float) -> list[float]:
+    """Compare with the literal formula over each group; return the weights, not truncated."""
     model = build_tiny_model(hidden_size=16, num_heads=2).double()
     found = with_off_policy_baseline(sequences, model, ranks=RankGroup(), weight_cap=cap)
-    for group in groups:
-        own = [n for n, s in enumerate(sequences) if s.group_id == group.group.group_id]
+    weights: list[float] = []
+    for group_id in sorted({s.group_id for s in sequences}):
+        own = [n for n, s in enumerate(sequences) if s.group_id == group_id]
         w, g = zip(*(weight_and_norm(model, sequences[n]) for n in own), strict=True)
-        assert max(w) > 1000 * cap and min(w) < cap
+        weights += w
         R = [sequences[n].reward for n in own]
         A = optimal_off_policy_baseline(R, [min(x, cap) for x in w], g)
         for n, advantage in zip(own, A, strict=True):
             mask = found[n].loss_mask
             assert found[n].advantages[mask] == pytest.approx(advantage, abs=1e-5)
             assert not found[n].advantages[~mask].any()
+    return weights
+
+
+def test_the_baseline_weighs_members_by_their_ratios_and_gradient_norms():
+    assert len(set(check(scene(members=3), cap=3.0))) == 6
+
+
+@pytest.mark.parametrize("cap", [1.0, 2.0])
+def test_a_product_of_ratios_far_beyond_the_cap_weighs_no_more_than_the_cap(cap):
+    sequences = scene(members=4)
+    # In each group, one trajectory that the present policy finds far likelier.
+    for number in (1, 6):
+        unlikely = sequences[number].behavior_logprobs - 9.0 * sequences[number].loss_mask
+        sequences[number] = replace(sequences[number], behavior_logprobs=unlikely)
+    weights = check(sequences, cap=cap)
+    assert sum(w > 1000 * cap for w in weights) == 2 and min(weights) < cap
